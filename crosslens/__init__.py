@@ -1,0 +1,22 @@
+"""Sparse coders for language models: train them, judge them, read them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crosslens.coder import Coder as Coder
+    from crosslens.coder import load as load
+
+__version__ = "0.1.0"
+
+# Heavy imports wait until a name is used, so that `import crosslens` stays instant.
+_LAZY = {"Coder": "crosslens.coder", "load": "crosslens.coder"}
+__all__ = ["Coder", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'crosslens' has no attribute {name!r}")

@@ -1,0 +1,178 @@
+"""Rows in random order from a preallocated buffer, each token exactly once an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import astuple
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from crosslens.activations.harvest import Chunk
+from crosslens.activations.policy import Counts
+from crosslens.coder import Layout
+from crosslens.errors import CrosslensError, UsageError
+
+State = dict[str, Tensor]
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows in chunks; a chunk asked for again is the same to the bit."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def n_chunks(self) -> int: ...
+
+    @property
+    def rows_per_chunk(self) -> int: ...
+
+    @property
+    def n_rows_at_most(self) -> int: ...
+
+    @property
+    def n_positions(self) -> int: ...
+
+    def chunk(self, index: int) -> Chunk: ...
+
+
+class Ring:
+    """Shuffled batches of rows [B, X] out of one bf16 buffer [N, X].
+
+    The buffer is filled from the source, a random permutation of the *slots* in use is drawn, and
+    batches are gathered by it; slots are given back as they are read and filled again when half
+    are free. No row moves, so there is never a second copy. An epoch ends when less than a batch
+    is left; those rows open the next one. Data that fits the buffer is harvested once and kept.
+    """
+
+    def __init__(self, source: RowSource, capacity: int, batch: int, seed: int) -> None:
+        needed = batch + 2 * source.rows_per_chunk
+        self.resident = source.n_rows_at_most <= capacity
+        if not self.resident and capacity < needed:
+            raise UsageError(
+                f"The activation buffer holds {capacity} rows; a batch of {batch} with chunks of "
+                f"{source.rows_per_chunk} positions needs {needed}. Raise --fit.buffer-gb or "
+                "lower --fit.batch."
+            )
+        self.source = source
+        self.batch = batch
+        n_slots = source.n_rows_at_most if self.resident else capacity
+        self.rows_NX = torch.empty(n_slots, source.layout.width, dtype=torch.bfloat16)
+        self.row_N = torch.full((n_slots,), -1)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.order = torch.empty(0, dtype=torch.int64)  # slots still to be read, in order
+        self.free = torch.arange(n_slots)
+        self.next_chunk = 0
+        self.uses_R = torch.zeros(source.n_positions, dtype=torch.int32)
+        self.counts = Counts()
+
+    def next(self, on_harvest: Callable[[int, int], None] | None = None) -> Tensor:
+        """The next batch [B, X], bf16. `on_harvest(chunks done, chunks)` hears of the filling."""
+        if len(self.order) < self.batch or self._half_empty():
+            self._refill(on_harvest)
+        slots_B, self.order = self.order[: self.batch], self.order[self.batch :]
+        self.uses_R.index_add_(0, self.row_N[slots_B], torch.ones(self.batch, dtype=torch.int32))
+        if not self.resident:
+            self.free = torch.cat([self.free, slots_B])
+        return self.rows_NX[slots_B]
+
+    def usage(self) -> dict[str, int]:
+        """How often each kept token was used: `{"tokens", "least", "most"}` since the start."""
+        harvested_R = torch.zeros_like(self.uses_R, dtype=torch.bool)
+        harvested_R[self.row_N[self.row_N >= 0]] = True
+        uses_R = self.uses_R[(self.uses_R > 0) | harvested_R]
+        if not len(uses_R):
+            return {"tokens": 0, "least": 0, "most": 0}
+        return {"tokens": len(uses_R), "least": int(uses_R.min()), "most": int(uses_R.max())}
+
+    def state(self) -> State:
+        """All that `restore` needs; the rows themselves are harvested again."""
+        return {
+            "row": self.row_N.clone(),
+            "order": self.order.clone(),
+            "free": self.free.clone(),
+            "next_chunk": torch.tensor(self.next_chunk),
+            "generator": self.generator.get_state(),
+            "uses": self.uses_R.clone(),
+            "counts": torch.tensor(astuple(self.counts)),
+        }
+
+    def restore(
+        self, state: Mapping[str, Tensor], on_harvest: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Go on exactly where `state` was taken: same rows in the same slots, same order."""
+        if state["row"].shape != self.row_N.shape or state["uses"].shape != self.uses_R.shape:
+            raise CrosslensError(
+                "The checkpoint belongs to another text or buffer size than this run's."
+            )
+        self.row_N.copy_(state["row"])
+        self.order, self.free = state["order"].clone(), state["free"].clone()
+        self.next_chunk = int(state["next_chunk"])
+        self.generator.set_state(state["generator"])
+        self.uses_R.copy_(state["uses"])
+        self.counts = Counts(*state["counts"].tolist())
+        self._reload(on_harvest)
+
+    def _half_empty(self) -> bool:
+        more = self.next_chunk < self.source.n_chunks
+        return more and len(self.free) >= max(len(self.row_N) // 2, self.source.rows_per_chunk)
+
+    def _refill(self, on_harvest: Callable[[int, int], None] | None) -> None:
+        left_over = torch.empty(0, dtype=torch.int64)
+        if self.next_chunk >= self.source.n_chunks:
+            left_over, self.order = self.order, left_over
+            self._start_epoch()
+        fresh = [self.order]
+        while self.next_chunk < self.source.n_chunks and len(self.free) >= self._room_needed():
+            fresh.append(self._take(self.source.chunk(self.next_chunk)))
+            self.next_chunk += 1
+            if on_harvest:
+                on_harvest(self.next_chunk, self.source.n_chunks)
+        waiting = torch.cat(fresh)
+        mixed = waiting[torch.randperm(len(waiting), generator=self.generator)]
+        self.order = torch.cat([left_over, mixed])
+        if len(self.order) < self.batch:
+            raise UsageError(
+                f"The text gives only {len(self.order)} rows, fewer than one batch of "
+                f"{self.batch}. Raise --text.tokens or lower --fit.batch."
+            )
+
+    def _room_needed(self) -> int:
+        """A resident buffer has a slot for every row that can come; else leave room for a chunk."""
+        return 0 if self.resident else self.source.rows_per_chunk
+
+    def _start_epoch(self) -> None:
+        if self.resident:
+            self.order = (self.row_N >= 0).nonzero().squeeze(-1)
+        else:
+            self.next_chunk = 0
+
+    def _take(self, chunk: Chunk) -> Tensor:
+        slots_R, self.free = self.free[: len(chunk.row_R)], self.free[len(chunk.row_R) :]
+        self._write(chunk, slots_R, torch.arange(len(chunk.row_R)))
+        self.row_N[slots_R] = chunk.row_R
+        self.counts += chunk.counts
+        return slots_R
+
+    def _write(self, chunk: Chunk, slots_R: Tensor, picks_R: Tensor) -> None:
+        """Straight into the buffer, site by site."""
+        for columns, site_RD in zip(self.source.layout.slices, chunk.sites, strict=True):
+            picked = site_RD[picks_R.to(site_RD.device)].to(self.rows_NX.device, torch.bfloat16)
+            self.rows_NX[:, columns].index_copy_(0, slots_R, picked)
+
+    def _reload(self, on_harvest: Callable[[int, int], None] | None) -> None:
+        live = (
+            (self.row_N >= 0).nonzero().squeeze(-1) if self.resident else self.order.sort().values
+        )
+        chunk_of_live = self.row_N[live] // self.source.rows_per_chunk
+        needed = sorted(set(chunk_of_live.tolist()))
+        for done, index in enumerate(needed, 1):
+            chunk = self.source.chunk(index)
+            slots = live[chunk_of_live == index]
+            picks = torch.searchsorted(chunk.row_R, self.row_N[slots])
+            self._write(chunk, slots, picks)
+            if on_harvest:
+                on_harvest(done, len(needed))

@@ -1,0 +1,139 @@
+"""From a run to its store and its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosslens.coder import Coder, load
+from crosslens.device import resolve_device, resolve_dtype
+from crosslens.errors import CrosslensError, UsageError
+from crosslens.explore.codes import Progress
+from crosslens.explore.gather import gather, quiet
+from crosslens.explore.report import write_report
+from crosslens.explore.store import LatentStore, coder_hash, load_manifest
+from crosslens.lm import LanguageModel
+from crosslens.storage import load_json
+from crosslens.text import Blocks, Vocabulary
+from crosslens.training import Run, open_models, run_source
+
+TOKENS = 60_000
+
+
+@dataclass(frozen=True)
+class Built:
+    """What `build` left on disk."""
+
+    report: Path
+    store: LatentStore
+    gathered: bool
+    """Whether the models ran; False when the stored latents still matched the coder."""
+
+
+def store_folder(run: Run) -> Path:
+    """Where a run keeps what was gathered of its latents."""
+    return run.folder / "store"
+
+
+def build(
+    run: Run,
+    models: Mapping[str, LanguageModel] | None = None,
+    tokens: int = TOKENS,
+    progress: Progress = quiet,
+    refresh: bool = False,
+) -> Built:
+    """Gather the run's latents, unless that was done, and write `report.html`.
+
+    Args:
+        models: the run's models, if they are open already.
+        tokens: positions to look at: held-out blocks first, then training blocks.
+        refresh: gather again even if what is stored matches the coder and `tokens`.
+
+    Raises:
+        UsageError: `tokens` is not positive.
+        CrosslensError: training has not finished, or there is nothing to look at.
+    """
+    if tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, found {tokens}.")
+    coder = _coder(run)
+    store = None if refresh else _stored(run, coder, tokens)
+    gathered = store is None
+    if store is None:
+        store = _gathered(run, models or open_models(run.config()), coder, tokens, progress)
+        store.save(store_folder(run))
+    evaluation = run.folder / "evaluation.json"
+    found = load_json(evaluation) if evaluation.is_file() else None
+    return Built(write_report(run, store, found), store, gathered)
+
+
+def first_blocks(heldout: Blocks, train: Blocks, tokens: int) -> tuple[Blocks, int]:
+    """The fewest blocks with `tokens` positions, held-out ones first, as far as they go; and how
+    many of them are held out."""
+    wanted = -(-tokens // heldout.tokens_NT.shape[1])
+    n_heldout = min(wanted, len(heldout.tokens_NT))
+    more = slice(0, wanted - n_heldout)
+    docs_NT = train.docs_NT[more]
+    shifted_NT = torch.where(docs_NT < 0, docs_NT, docs_NT + len(heldout.documents))
+    blocks = replace(
+        heldout,
+        tokens_NT=torch.cat([heldout.tokens_NT[:n_heldout], train.tokens_NT[more]]),
+        docs_NT=torch.cat([heldout.docs_NT[:n_heldout], shifted_NT]),
+        documents=(*heldout.documents, *train.documents),
+    )
+    return blocks, n_heldout
+
+
+def _coder(run: Run) -> Coder:
+    """The run's coder, computing in the format it was trained in."""
+    if not run.finished:
+        raise CrosslensError(
+            f"{run.folder} has no coder yet: training has not finished. "
+            f"`crosslens resume {run.folder}` goes on."
+        )
+    plan = run.config().fit
+    coder = load(run.coder_path, resolve_device(plan.device))
+    coder.compute_dtype = resolve_dtype(plan.dtype)
+    return coder
+
+
+def _stored(run: Run, coder: Coder, tokens: int) -> LatentStore | None:
+    folder = store_folder(run)
+    if not (folder / "manifest.json").is_file():
+        return None
+    manifest = load_manifest(folder)
+    if manifest.coder != coder_hash(coder) or manifest.provenance.get("asked") != tokens:
+        return None
+    return LatentStore.load(folder)
+
+
+def _gathered(
+    run: Run,
+    models: Mapping[str, LanguageModel],
+    coder: Coder,
+    tokens: int,
+    progress: Progress,
+) -> LatentStore:
+    blocks, n_heldout = first_blocks(run.blocks("heldout"), run.blocks("train"), tokens)
+    source = run_source(run, models, blocks)
+    vocabulary = Vocabulary.from_tokenizer(next(iter(models.values())).tokenizer)
+    provenance = _provenance(run) | {
+        "asked": tokens,
+        "blocks": len(blocks.tokens_NT),
+        "heldout_blocks": n_heldout,
+    }
+    return gather(source, coder, vocabulary, provenance=provenance, progress=progress)
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    record = run.record()
+    return {
+        "run": run.name,
+        "step": run.summary().get("steps"),
+        "seed": run.config().seed,
+        "fingerprint": record.get("text", {}).get("fingerprint"),
+        "versions": record.get("versions", {}),
+    }

@@ -1,0 +1,102 @@
+"""PEFT adapters, put on a model without merging them into its weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+from torch import nn
+
+from crosslens.errors import CrosslensError, UsageError
+from crosslens.lm.loading import quiet_transformers, short
+from crosslens.lm.source import from_hub
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def with_adapter(model: nn.Module, path: str) -> nn.Module:
+    """The same Hugging Face model, with a PEFT adapter's layers inside its own.
+
+    Args:
+        model: the base model the adapter was trained on.
+        path: folder or hub id of the adapter.
+
+    Raises:
+        UsageError: peft is not installed, there is no such adapter, or it does not fit the model.
+        CrosslensError: the adapter cannot be fetched or is damaged.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(
+            f"Opening the adapter {path!r} needs peft, which is not installed. "
+            "Run `pip install 'crosslens[diff]'`."
+        )
+    folder = _folder(path)
+    _refuse_other_kinds(folder)
+    return _attached(model, folder)
+
+
+def _folder(path: str) -> Path:
+    local = Path(path).expanduser()
+    folder = local if local.exists() else from_hub(path, None, [_CONFIG, _WEIGHTS])
+    for file in (_CONFIG, _WEIGHTS):
+        if not (folder / file).is_file():
+            raise UsageError(
+                f"{path} is not a PEFT adapter saved as safetensors: it has no {file}. (Pickled "
+                "adapters are refused, because opening them can run code.)"
+            )
+    return folder
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Prompt tuning and the like change the model's input, not its layers."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    try:
+        kind = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CrosslensError(f"{folder / _CONFIG} is damaged: {error!r}.") from error
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    if known is None or known().is_prompt_learning:
+        raise UsageError(
+            f"The adapter {folder} is of the kind {kind}, which is not made of layers inside the "
+            "model. Adapters such as LoRA can be opened."
+        )
+
+
+def _attached(model: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            saved = set(file.keys())
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say about missing keys is checked below
+            # Without autocast the adapter computes in the model's own dtype.
+            adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except (ValueError, RuntimeError) as error:  # no target module found; shapes differ
+        raise UsageError(
+            f"The adapter {folder} does not fit {type(model).__name__}: {short(error)} Is it for "
+            "another base model?"
+        ) from error
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise CrosslensError(f"The adapter {folder} is damaged: {short(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted))
+    _check_complete(folder, model, saved, expected)
+    base: nn.Module = adapted.get_base_model()
+    return base
+
+
+def _check_complete(folder: Path, model: nn.Module, saved: set[str], expected: set[str]) -> None:
+    """Every adapter weight found its place, and every place its weight."""
+    homeless = {key for key in saved - expected if ".lora_" in key}
+    empty = expected - saved
+    if homeless or empty:
+        some = sorted(homeless or empty)[0]
+        what = "has weights for layers that are not there" if homeless else "lacks weights"
+        raise UsageError(
+            f"The adapter {folder} does not fit {type(model).__name__}: it {what} (such as {some})."
+            " Is it for another base model?"
+        )

@@ -1,0 +1,93 @@
+"""Open a language model or only its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from crosslens.device import resolve_device, resolve_dtype
+from crosslens.errors import CrosslensError, UsageError
+from crosslens.lm.adapter import with_adapter
+from crosslens.lm.anatomy import find_anatomy
+from crosslens.lm.loading import load_causal_lm, load_tokenizer, quiet_transformers, short
+from crosslens.lm.model import LanguageModel
+from crosslens.lm.source import locate
+from crosslens.lm.spec import ModelSpec
+
+
+def open_model(spec: ModelSpec, name: str = "base") -> LanguageModel:
+    """The model named by `spec`, in eval mode with frozen parameters, ready to capture from.
+
+    Args:
+        spec: where it comes from.
+        name: what it is called in site names, as in `chat/resid_post.12`.
+
+    Raises:
+        UsageError: no such model, or something that is not a causal language model.
+        CrosslensError: it cannot be fetched, is damaged, or is built in a way not understood.
+    """
+    device, dtype = resolve_device(spec.device), resolve_dtype(spec.dtype)
+    source = locate(spec)
+    module = _load_module(source.folder, dtype)
+    if spec.adapter is not None:
+        module = with_adapter(module, spec.adapter)
+    module = module.to(device).eval().requires_grad_(False)
+    with quiet_transformers():
+        anatomy = find_anatomy(module)
+    return LanguageModel(
+        name, spec, module, _load_tokenizer(source.folder), anatomy, source.revision
+    )
+
+
+def open_tokenizer(spec: ModelSpec) -> Any:
+    """The model's Hugging Face tokenizer, without loading weights.
+
+    Raises:
+        UsageError: no such model, or none with a tokenizer.
+        CrosslensError: it cannot be fetched or is damaged.
+    """
+    return _load_tokenizer(locate(spec).folder)
+
+
+def _load_module(folder: Path, dtype: torch.dtype) -> nn.Module:
+    from safetensors import SafetensorError
+
+    _check_causal(folder)
+    try:
+        return load_causal_lm(folder, dtype=dtype)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CrosslensError(
+            f"The weights in {folder} could not be loaded: {short(error)} The files may be "
+            "damaged or incomplete; fetch or copy them again."
+        ) from error
+
+
+def _check_causal(folder: Path) -> None:
+    """A config of an architecture that transformers knows and that predicts the next token."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(
+            f"{folder / 'config.json'} describes no model that this version of transformers knows: "
+            f"{short(error)}"
+        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(
+            f"The model in {folder} is a {config.model_type!r}, which is not a causal language "
+            "model. crosslens reads decoder-only models."
+        )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return load_tokenizer(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"No tokenizer could be loaded from {folder}: {short(error)} A model folder needs its "
+            "tokenizer files too (tokenizer.json)."
+        ) from error

@@ -1,0 +1,249 @@
+"""From a configuration to a trained coder in a run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosslens.activations import Calibration, Counts, Ring, Source, calibrate, site_layout
+from crosslens.coder import Coder, crosscoder, save, transpose_init
+from crosslens.device import resolve_device, resolve_dtype
+from crosslens.errors import CrosslensError, UsageError
+from crosslens.evaluation import reconstruction
+from crosslens.lm import LanguageModel, open_model, tokenizer_hash
+from crosslens.storage import save_json
+from crosslens.text import Blocks, build_blocks
+from crosslens.training.checkpoint import TrainState, restore_newest, save_checkpoint
+from crosslens.training.config import TrainConfig
+from crosslens.training.fit import Hooks, Metrics, fit, new_optimizer
+from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
+
+Models = Mapping[str, LanguageModel]
+Report = Callable[[str, int, int, Mapping[str, float]], None]
+"""Hears (stage, done, total, figures) as work goes on."""
+
+HARVEST_POSITIONS = 2048
+"""Positions that go through the models in one forward pass."""
+
+
+def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
+    """The report that tells nobody."""
+
+
+def open_models(config: TrainConfig) -> dict[str, LanguageModel]:
+    """All models of a configuration, by name."""
+    return {name: open_model(spec, name) for name, spec in config.models.items()}
+
+
+def train(run: Run, models: Models, report: Report = silent) -> dict[str, Any]:
+    """Train the run that `create_run` made, from wherever it stands; returns its summary.
+
+    A run without checkpoints starts at the beginning; otherwise it goes on bit by bit as if it
+    had never stopped.
+    """
+    started = time.monotonic()
+    config = run.config()
+    training = _prepare(run, config, models, report)
+    first_step = training.state.step
+    fit(config, training.state, _Batches(training, report), _hooks(run, config, training, report))
+    summary = _summary(run, config, training, time.monotonic() - started, first_step)
+    save(training.state.coder.eval(), run.coder_path, _provenance(run, config, models, summary))
+    save_json(run.folder / "summary.json", summary)
+    return summary
+
+
+def run_source(run: Run, models: Models, blocks: Blocks) -> Source:
+    """Activations of any blocks at the run's sites, under its token policy and norms."""
+    config = run.config()
+    source = _source(config, models, blocks)
+    record = run.record()
+    if "calibration" not in record:
+        raise CrosslensError(f"{run.folder} has not begun training: `crosslens resume` starts it.")
+    return replace(source, median_P=torch.tensor(record["calibration"]["median"]))
+
+
+def _source(config: TrainConfig, models: Models, blocks: Blocks) -> Source:
+    layout = site_layout(models, config.sites)
+    per_chunk = max(1, HARVEST_POSITIONS // config.text.block)
+    return Source(models, layout, blocks, config.policy, blocks_per_chunk=per_chunk)
+
+
+@dataclass
+class _Training:
+    """A run in memory."""
+
+    state: TrainState
+    ring: Ring
+    heldout_BX: Tensor
+
+
+class _Batches:
+    """The ring's batches, with its refills reported."""
+
+    def __init__(self, training: _Training, report: Report) -> None:
+        self.ring = training.ring
+        self.report = report
+
+    def next(self) -> Tensor:
+        return self.ring.next(lambda done, total: self.report("harvest", done, total, {}))
+
+    def state(self) -> dict[str, Tensor]:
+        return self.ring.state()
+
+
+def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _Training:
+    train_blocks, heldout_blocks = _blocks(run, config, models, report)
+    source = _source(config, models, train_blocks)
+    _check_buffer(config, source)
+    calibration = _calibration(run, config, source, models, report)
+    source = replace(source, median_P=torch.tensor(calibration.median))
+    device = resolve_device(config.fit.device)
+    state = _new_state(config, source, calibration, device)
+    capacity = int(config.fit.buffer_gb * 1e9 / (2 * source.layout.width))
+    ring = Ring(source, capacity, config.fit.batch, config.seed)
+    position, complaints = restore_newest(run.folder / "checkpoints", state)
+    for complaint in complaints:
+        report(f"passed over: {complaint}", 0, 0, {})
+    if position is not None:
+        report(f"resuming at step {state.step}", 0, 0, {})
+        ring.restore(position, lambda done, total: report("harvest again", done, total, {}))
+    trim_metrics(run, state.step)
+    heldout = replace(source, blocks=heldout_blocks)
+    return _Training(state, ring, _heldout_rows(heldout, config.fit.heldout_rows, device))
+
+
+def _blocks(run: Run, config: TrainConfig, models: Models, report: Report) -> tuple[Blocks, Blocks]:
+    """The run's token blocks: built once, then always read from the run."""
+    if "text" in run.record():
+        return run.blocks("train"), run.blocks("heldout")
+    report("text", 0, 0, {})
+    tokenizer = next(iter(models.values())).tokenizer
+    split = build_blocks(config.text, tokenizer, config.seed)
+    split.train.save(run.folder / "data", "train")
+    split.heldout.save(run.folder / "data", "heldout")
+    counts = {name: asdict(count) for name, count in split.counts.items()}
+    extend_record(run, {"text": {"fingerprint": split.fingerprint, "corpora": counts}})
+    return split.train, split.heldout
+
+
+def _check_buffer(config: TrainConfig, source: Source) -> None:
+    """Refuse too little text before the models have run over any of it."""
+    if source.n_rows_at_most < config.fit.batch:
+        raise UsageError(
+            f"The text gives at most {source.n_rows_at_most} rows, fewer than one batch of "
+            f"{config.fit.batch}. Raise --text.tokens or lower --fit.batch."
+        )
+
+
+def _calibration(
+    run: Run, config: TrainConfig, source: Source, models: Models, report: Report
+) -> Calibration:
+    """The norms that scale the run's activations: measured once, then read from the run."""
+    record = run.record()
+    if "calibration" in record:
+        known = record["calibration"]
+        return Calibration(
+            scale=tuple(known["scale"]),
+            median=tuple(known["median"]),
+            tokens=known["tokens"],
+            outliers=known["outliers"],
+        )
+    report("calibrate", 0, 0, {})
+    calibration = calibrate(source, config.fit.calibration_tokens)
+    facts = {
+        "sites": dict(zip(source.layout.sites, source.layout.widths, strict=True)),
+        "models": {name: model.identity() for name, model in models.items()},
+        "calibration": asdict(calibration),
+    }
+    extend_record(run, facts)
+    return calibration
+
+
+def _new_state(
+    config: TrainConfig, source: Source, calibration: Calibration, device: torch.device
+) -> TrainState:
+    coder = Coder(crosscoder(source.layout, config.coder.latents), config.coder.activation)
+    generator = torch.Generator().manual_seed(config.seed)
+    transpose_init(coder, config.coder.decoder_norm, generator)
+    coder.scale_read.copy_(torch.tensor(calibration.scale))
+    coder.scale_write.copy_(torch.tensor(calibration.scale))
+    coder.to(device)
+    coder.compute_dtype = resolve_dtype(config.fit.dtype)
+    idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
+    return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+
+
+def _heldout_rows(source: Source, wanted: int, device: torch.device) -> Tensor:
+    found: list[Tensor] = []
+    for chunk in source:
+        found.append(chunk.rows().to(torch.bfloat16))
+        if sum(map(len, found)) >= wanted:
+            break
+    return torch.cat(found)[:wanted].to(device)
+
+
+def _hooks(run: Run, config: TrainConfig, training: _Training, report: Report) -> Hooks:
+    shown: dict[str, float] = {}
+
+    def log(metrics: Metrics) -> None:
+        append_metrics(run, metrics)
+        if "heldout" in metrics:
+            shown["held-out fvu"] = metrics["heldout"]["fvu"]
+        else:
+            shown.update({key: metrics[key] for key in ("fvu", "l0", "dead")})
+        report("train", metrics["step"], config.fit.steps, shown)
+
+    def checkpoint(state: TrainState) -> None:
+        save_checkpoint(run.folder / "checkpoints", state, training.ring.state())
+
+    def heldout(coder: Coder) -> dict[str, Any]:
+        found = reconstruction(coder, torch.split(training.heldout_BX, config.fit.batch))
+        sites = {site: {"fvu": figures.fvu} for site, figures in found.sites.items()}
+        return {"fvu": found.fvu, "l0": found.l0, "dead": found.dead, "sites": sites}
+
+    return Hooks(log, checkpoint, heldout)
+
+
+def _summary(
+    run: Run, config: TrainConfig, training: _Training, seconds: float, first_step: int
+) -> dict[str, Any]:
+    lines = run.metrics()
+    nothing: Metrics = {}
+    last = next((line for line in reversed(lines) if "loss" in line), nothing)
+    heldout = next((line["heldout"] for line in reversed(lines) if "heldout" in line), nothing)
+    return {
+        "steps": training.state.step,
+        "rows": training.state.step * config.fit.batch,
+        "usage": training.ring.usage(),
+        "positions": _told(training.ring.counts),
+        "seconds": round(seconds, 1),
+        "steps_in_session": training.state.step - first_step,
+        "fvu": last.get("fvu"),
+        "l0": last.get("l0"),
+        "dead": last.get("dead"),
+        "heldout": heldout,
+    }
+
+
+def _told(counts: Counts) -> dict[str, int]:
+    return {**asdict(counts), "kept": counts.kept}
+
+
+def _provenance(
+    run: Run, config: TrainConfig, models: Models, summary: Mapping[str, Any]
+) -> dict[str, Any]:
+    record = run.record()
+    return {
+        "models": {name: model.identity() for name, model in models.items()},
+        "tokenizer_hash": tokenizer_hash(next(iter(models.values())).tokenizer),
+        "policy": asdict(config.policy),
+        "calibration": record["calibration"],
+        "text": record["text"],
+        "versions": record["versions"],
+        "training": {k: summary[k] for k in ("steps", "rows", "fvu", "l0", "dead", "heldout")},
+    }
