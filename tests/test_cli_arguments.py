@@ -41,6 +41,13 @@ class BatchTopK:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gated:
+    """A choice within a choice."""
+
+    inner: ReLU | BatchTopK = ReLU()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A model under study."""
 
@@ -57,7 +64,7 @@ class Coder:
     latents: int = 4096
     """How many latents the coder has."""
     activation: ReLU | TopK | BatchTopK = BatchTopK()
-    gate: ReLU | TopK | None = None
+    gate: ReLU | TopK | Gated | None = None
     skip_bias: bool = False
 
 
@@ -108,6 +115,10 @@ def coder(**changes: object) -> Config:
         ("--coder.activation.k 5 --coder.activation topk", coder(activation=TopK(k=5))),
         ("--coder.activation relu --coder.activation batchtopk", Config()),
         ("--coder.gate topk --coder.gate.k 2", coder(gate=TopK(k=2))),
+        (
+            "--coder.gate.inner.k 4 --coder.gate.inner batchtopk --coder.gate gated",
+            coder(gate=Gated(inner=BatchTopK(k=4))),
+        ),
         ("--models.base.revision None", Config()),
         ("--models.base.path x", Config(models={"base": Model(path="x")})),
         (
@@ -184,7 +195,7 @@ def test_files_lie_between_the_default_and_the_flags(tmp_path: Path) -> None:
             "--coder.activation relu --coder.activation.k 3",
             ["--coder.activation is relu;", "use --coder.activation topk or batchtopk"],
         ),
-        ("--coder.gate.k 3", ["Say what --coder.gate is", "relu, topk, none"]),
+        ("--coder.gate.k 3", ["Say what --coder.gate is", "relu, topk, gated, none"]),
         ("--terms.l1.k 3", ["Say what --terms.l1 is", "relu, batchtopk, none"]),
         ("--coder.latents x", ["--coder.latents: expected a whole number, found 'x'"]),
         ("--coder.latents 1.5", ["--coder.latents: expected a whole number, found '1.5'"]),

@@ -152,16 +152,18 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         "code = cli.main(['--help']); sys.stderr.write(str(code))"
     )
     reading, writing = os.pipe()
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     child = subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
         stdout=writing,
         stderr=subprocess.PIPE,
+        env=buffered,
     )
     os.close(writing)
     os.close(reading)
     _, err = child.communicate(b"x")
-    assert err == b"0"
+    assert (child.returncode, err) == (0, b"0")
 
 
 def test_python_m_crosslens() -> None:
@@ -237,6 +239,14 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
         bar.update(500, {"tokens/s": 27_512.0})
     out, err = capsys.readouterr()
     assert (out, err) == ("", "train: 500/500 steps · 50s · tokens/s 27.5k\n")
+
+
+def test_the_last_line_is_not_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with console.Progress(2, "steps", "train", clock=clock) as bar:
+        clock.now += 100
+        bar.update(2)
+    assert capsys.readouterr().err == "train: 2/2 steps · 0.02 steps/s · 1m40s\n"
 
 
 def test_progress_of_a_resumed_job_counts_only_its_own_speed() -> None:

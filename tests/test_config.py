@@ -215,6 +215,17 @@ def test_a_missing_key_is_named() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Level:
+    level: Literal[0, 1] = 0
+
+
+def test_true_is_not_one() -> None:
+    assert from_plain(Level, {"level": 1}, "a").level == 1
+    with pytest.raises(UsageError, match=r"level: expected one of 0, 1, found True \(bool\)"):
+        from_plain(Level, {"level": True}, "a")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Buggy:
     k: int = 0
 

@@ -160,8 +160,9 @@ def test_one_edit_per_site():
 
 def test_results_are_cast_to_the_activations_dtype():
     model = tiny("llama", torch.bfloat16)
-    logits = model.run(tokens(), {"resid_mid.1": lambda x: x.float() * 2, "logits": torch.sin})
-    assert logits.dtype == torch.bfloat16
+    for site in model.sites():
+        logits = model.run(tokens(), {site: lambda x: x.float() * 2})
+        assert logits.dtype == torch.bfloat16, site
 
 
 def test_next_token_loss_by_its_definition():

@@ -11,8 +11,9 @@ import torch
 
 from crosslens.errors import CrosslensError
 from crosslens.text import Blocks
+from crosslens.text.mixture import Reader
 from crosslens.text.packing import Frame, pack
-from crosslens.text.passages import Passage
+from crosslens.text.passages import Passage, Tally
 
 FRAME = Frame(block=4, bos_id=1, pad_id=2, special_ids=(1, 2))
 
@@ -63,6 +64,20 @@ def test_without_a_bos_every_position_is_text():
     assert blocks.tokens_NT.tolist() == [[5, 6, 7, 8], [2, 9, 1, 2]]
     assert not blocks.bos_NT.any()
     assert not blocks.padding_NT.any()
+
+
+def test_pieces_for_the_other_side_wait_only_while_it_needs_them():
+    sides = ("heldout", "train", "heldout", "train", "heldout", "train")
+    passages = [replace(passage(str(i), i), side=side) for i, side in enumerate(sides)]
+    reader = Reader(passages=iter(passages), tally=Tally())
+    assert reader.take("train", keep_other=True) is passages[1]
+    assert reader.take("train", keep_other=False) is passages[3]
+    assert list(reader.waiting["heldout"]) == [passages[0]]
+    assert reader.take("heldout", keep_other=False) is passages[0]
+    assert reader.take("heldout", keep_other=False) is passages[4]
+    assert not reader.ran_dry
+    assert reader.take("heldout", keep_other=False) is None
+    assert reader.ran_dry
 
 
 def test_blocks_come_back_as_they_were_saved(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
 
 from crosslens.cli.console import Progress, stderr_console
 
@@ -24,7 +23,7 @@ class Stages:
         self._stage = ""
         self._first = (0, 0.0)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Stages:
         return self
 
     def __exit__(

@@ -104,9 +104,7 @@ def _child(parent: Slot, name: str) -> Slot | None:
         value = bare(choices[0])
     if dataclasses.is_dataclass(value):
         hints = get_type_hints(type(value))
-        plain = name.replace("-", "_")
-        # `--no-tied` is how a flag says that `tied` is false.
-        field = plain if plain in hints else plain.removeprefix("no_")
+        field = name.replace("-", "_")
         return Slot(field, getattr(value, field), hints[field], False) if field in hints else None
     if isinstance(value, dict) and members(item := (get_args(parent.hint) or (Any,))[-1]):
         same = (key for key in value if key.replace("-", "_") == name.replace("-", "_"))

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from crosslens.explore.codes import Floats
 from crosslens.explore.store import LatentStore
 
 WIDTH, HEIGHT = 280.0, 110.0
@@ -60,7 +59,7 @@ class Strip:
 
 def curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
     """Loss, FVU, L0 and dead share over the steps, as far as they were logged."""
-    wanted = (("FVU", "fvu", True), ("Loss", "loss", True), ("L0", "l0", False))
+    wanted = (("FVU", "fvu", True), ("Loss", "loss", True), ("L0", "l0", True))
     found = [_curve(metrics, *each) for each in (*wanted, ("Dead share", "dead", False))]
     return tuple(curve for curve in found if curve is not None)
 
@@ -74,8 +73,9 @@ def _curve(
     if not values:
         return None
     last = max(step for step, _ in train + heldout)
-    low, high = (min(values), max(values)) if logarithmic else (0.0, max(values))
-    height, ticks = _axis(low, high, logarithmic and low > 0 and high > 3 * low)
+    low, high = min(values), max(values)
+    logarithmic = logarithmic and low > 0 and high > 3 * low
+    height, ticks = _axis(low if logarithmic else min(low, 0.0), high, logarithmic)
     named = (("training", "train", train), ("held out", "heldout", heldout))
     lines = tuple(
         _line(name, kind, [(x * WIDTH / max(last, 1), height(y)) for x, y in series])
@@ -118,7 +118,7 @@ def _axis(
         return HEIGHT * (1 - (at - bottom) / (top - bottom))
 
     inside = [mark for mark in marks if low - 1e-12 <= mark <= max(high, top) + 1e-12]
-    return height, tuple((height(mark), number(mark)) for mark in inside)
+    return height, tuple((height(mark), f"{mark:.4g}") for mark in inside)
 
 
 def density_histogram(store: LatentStore) -> Bars:
@@ -136,7 +136,7 @@ def density_histogram(store: LatentStore) -> Bars:
         if n
     )
     ticks = tuple((WIDTH * (e - lowest) / -lowest, _power(e)) for e in range(lowest, 1))
-    median = number(float(np.median(density)))
+    median = percent(float(np.median(density)))
     summary = f"{len(density)} living latents; half are active on at least {median} of the tokens."
     return Bars(summary, bars, ticks, f"{most}")
 
@@ -179,13 +179,12 @@ def _strip_summary(share_LP: Any, sites: Sequence[str], peaks_P: Any) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that matter, without needless zeros."""
+    """Three digits that matter."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     if 1e-3 <= abs(value) < 1e5:
         digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        plain = f"{value:.{digits}f}"
-        return plain.rstrip("0").rstrip(".") if "." in plain else plain
+        return f"{value:.{digits}f}"
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
@@ -198,7 +197,3 @@ def percent(share: float) -> str:
 def _power(exponent: int) -> str:
     return {0: "100 %", -1: "10 %", -2: "1 %", -3: "0.1 %"}.get(exponent, f"1e{exponent}")
 
-
-def profile(norms: Floats) -> tuple[float, ...]:
-    """Norms as shares of the largest."""
-    return tuple((norms / max(float(norms.max()), 1e-30)).tolist())

@@ -71,8 +71,8 @@ def payload(store: LatentStore, chosen: Ints) -> dict[str, Any]:
         "bottom": [bottom for _, bottom in logits],
         "text": text.piece.tolist(),
         "documents": text.documents,
-        "pieces": list(pool.numbers),
-        "special": sorted(pool.special),
+        "pieces": [text for text, _ in pool.numbers],
+        "special": [number for (_, special), number in pool.numbers.items() if special],
     }
 
 
@@ -84,19 +84,12 @@ def packed(value: dict[str, Any]) -> str:
 
 @dataclass
 class _Pool:
-    """Distinct pieces of text, numbered. A special token and the same letters differ."""
+    """Distinct pieces of text, numbered. A special token and the same letters are two."""
 
-    numbers: dict[str, int] = field(default_factory=dict)
-    special: set[int] = field(default_factory=set)
+    numbers: dict[tuple[str, bool], int] = field(default_factory=dict)
 
     def add(self, text: str, special: bool = False) -> int:
-        # The mark keeps a special token apart from the same letters in plain text; it is no
-        # character of any text, and the page drops it.
-        key = f"\0{text}" if special else text
-        number = self.numbers.setdefault(key, len(self.numbers))
-        if special:
-            self.special.add(number)
-        return number
+        return self.numbers.setdefault((text, special), len(self.numbers))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,173 @@
+"""`report.html`: one self-contained file about a run and its latents."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from crosslens.explore import figures
+from crosslens.explore.payload import choose_latents, packed, payload
+from crosslens.explore.store import LatentStore
+from crosslens.storage import void, write_atomic
+from crosslens.training import Run
+
+LATENTS = 1000
+"""Latents with examples in a report, at most: about 2 MB."""
+_PAGE = Path(__file__).parent / "page"
+_SCRIPTS = ("data.js", "list.js", "latent.js", "main.js")
+
+
+_COLUMNS = (
+    ("sites", "reconstruction", (("fvu", "FVU"), ("explained_variance", "expl. var."),
+                                 ("cosine", "cosine"), ("norm_ratio", "norm ratio"))),
+    ("splice", "cross-entropy when spliced, nats",
+     (("ce_clean", "clean"), ("ce", "coder"), ("ce_mean", "mean"), ("ce_zero", "zero"))),
+    ("splice", "recovered against", (("recovered_mean", "mean"), ("recovered_zero", "zero"))),
+    ("splice", "", (("kl", "KL"),)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SiteColumns:
+    """Some columns of the table of sites, under one heading."""
+
+    heading: str
+    names: tuple[tuple[str, str], ...]
+    """Key and title of each column that has any value."""
+    rows: dict[str, dict[str, float]]
+    """Site → key → value."""
+
+
+def write_report(
+    run: Run, store: LatentStore, evaluation: Mapping[str, Any] | None, latents: int = LATENTS
+) -> Path:
+    """Write the run's `report.html`, atomically, and return its path.
+
+    Args:
+        evaluation: what `crosslens evaluate` saved, if it ran.
+        latents: how many latents the page carries, at most.
+    """
+    html = render(run, store, evaluation, latents)
+    path = run.folder / "report.html"
+    write_atomic(path, lambda temporary: void(temporary.write_text(html, encoding="utf-8")))
+    return path
+
+
+def render(
+    run: Run, store: LatentStore, evaluation: Mapping[str, Any] | None, latents: int = LATENTS
+) -> str:
+    """The page as text; the same run, store and evaluation give the same page."""
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": figures.number, "percent": figures.percent}
+    metrics = run.metrics()
+    evaluation = evaluation or {}
+    chosen = choose_latents(store, latents)
+    script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    digest = hashlib.sha256(script.encode()).digest()
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        store=store,
+        evaluated=bool(evaluation),
+        key_figures=_key_figures(store, metrics, evaluation),
+        curves=figures.curves(metrics),
+        site_columns=_site_columns(metrics, evaluation),
+        strip=figures.norm_strip(store),
+        density=figures.density_histogram(store),
+        dead=[i for i, n in enumerate(store.statistics.count_L.tolist()) if n == 0],
+        shown=len(chosen),
+        facts=_facts(run, store),
+        provenance=_provenance(store),
+        plot=(figures.WIDTH, figures.HEIGHT),
+        payload=packed(payload(store, chosen)),
+        css=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=Markup(base64.b64encode(digest).decode("ascii")),
+    )
+
+
+def _key_figures(
+    store: LatentStore, metrics: list[dict[str, Any]], evaluation: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """(name, value, what it was measured on) of what one asks first."""
+    during = next((m["heldout"] for m in reversed(metrics) if "heldout" in m), {})
+    found = evaluation or during
+    where = "held-out tokens" if evaluation else "held-out rows, last measurement of the training"
+    dead = 1 - len(store.alive_L) / store.n_latents
+    told = [
+        ("FVU", _told(found.get("fvu")), where),
+        ("L0", _told(found.get("l0")), where),
+        ("dead latents", figures.percent(dead), "never active on the tokens of this page"),
+    ]
+    splice = [s["recovered_mean"] for s in evaluation.get("splice", {}).values()]
+    shares = [share for share in splice if share is not None and math.isfinite(share)]
+    if shares:
+        mean = sum(shares) / len(shares)
+        told.append(("CE recovered", figures.percent(mean), "against mean ablation, over sites"))
+    return told
+
+
+def _told(value: float | None) -> str:
+    return "–" if value is None else figures.number(float(value))
+
+
+def _site_columns(
+    metrics: list[dict[str, Any]], evaluation: Mapping[str, Any]
+) -> list[SiteColumns]:
+    """What was measured at each site; what nobody measured has no column."""
+    during = next((m["heldout"] for m in reversed(metrics) if "heldout" in m), {})
+    found = []
+    for source, heading, names in _COLUMNS:
+        rows = evaluation.get(source) or during.get(source) or {}
+        rows = {s: {k: v for k, v in row.items() if v is not None} for s, row in rows.items()}
+        known = tuple((k, n) for k, n in names if any(k in row for row in rows.values()))
+        if known:
+            found.append(SiteColumns(heading, known, rows))
+    return found
+
+
+def _facts(run: Run, store: LatentStore) -> list[tuple[str, str]]:
+    """What was trained on what."""
+    config = run.config()
+    models = ", ".join(
+        f"{name}: {spec.path}" + (f" + {spec.adapter}" if spec.adapter else "")
+        for name, spec in config.models.items()
+    )
+    activation = config.coder.activation
+    told = type(activation).__name__ + (f", k = {activation.k}" if hasattr(activation, "k") else "")
+    return [
+        ("Models" if len(config.models) > 1 else "Model", models),
+        ("Sites", ", ".join(store.manifest.sites)),
+        ("Coder", f"{store.n_latents} latents, {told}"),
+        ("Trained on", f"{config.fit.steps * config.fit.batch:,} rows in {config.fit.steps} steps"),
+        ("Text", ", ".join(corpus.source for corpus in config.text.corpora.values())),
+    ]
+
+
+def _provenance(store: LatentStore) -> list[tuple[str, str]]:
+    """What these numbers rest on, for the foot of the page."""
+    known = store.manifest.provenance
+    told = [("tokens", f"{store.manifest.tokens:,}")]
+    if "blocks" in known:
+        told.append(("blocks", f"{known['blocks']}, {known.get('heldout_blocks', 0)} held out"))
+    told += [
+        (name, str(known[key])[:16])
+        for name, key in (("text", "fingerprint"), ("seed", "seed"), ("step", "step"))
+        if known.get(key) is not None
+    ]
+    told.append(("coder", store.manifest.coder[:16]))
+    told += [(name, str(version)) for name, version in known.get("versions", {}).items()]
+    return told
