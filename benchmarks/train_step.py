@@ -1,6 +1,6 @@
 """Tokens per second of one training step, on random rows, with the spread over repeats.
 
-    python benchmarks/train_step.py [--json] [--shapes demo,wide] [--repeats 5]
+python benchmarks/train_step.py [--json] [--shapes demo,wide] [--repeats 5]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -33,7 +34,7 @@ class Noise:
         self.rows_BX = torch.randn(BATCH, width).bfloat16()
         self.asked: list[float] = []
 
-    def next(self) -> torch.Tensor:
+    def next(self, check: Callable[[], None]) -> torch.Tensor:
         self.asked.append(time.perf_counter())
         return self.rows_BX
 
@@ -71,9 +72,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
     found = {
-        shape: {
-            dtype: measure(shape, dtype, asked.repeats) for dtype in ("bfloat16", "float32")
-        }
+        shape: {dtype: measure(shape, dtype, asked.repeats) for dtype in ("bfloat16", "float32")}
         for shape in asked.shapes.split(",")
     }
     if asked.json:

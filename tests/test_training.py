@@ -134,7 +134,8 @@ class Rows:
     def __init__(self, make):
         self.make = make
 
-    def next(self):
+    def next(self, check):
+        check()
         return self.make()
 
     def state(self):
@@ -208,7 +209,7 @@ def run_config(folder: Path, **fit_changes) -> TrainConfig:
     plan = {
         "steps": 24, "batch": 64, "dtype": "float32", "device": "cpu", "log_every": 4,
         "heldout_every": 8, "heldout_rows": 64, "checkpoint_every": 6, "dead_after": 300,
-        "calibration_tokens": 256,
+        "calibration_tokens": 256, "harvest_tokens": 256,
     }  # fmt: skip
     return TrainConfig(
         models={"base": ModelSpec(path=str(folder), dtype="float32", device="cpu")},
@@ -292,6 +293,28 @@ def test_interrupted_and_resumed_is_uninterrupted(tiny_model_folder, tmp_path, b
     assert kept == whole.metrics()
     assert run.summary()["usage"] == whole.summary()["usage"]
     assert run.summary()["positions"] == whole.summary()["positions"]
+
+
+@pytest.mark.parametrize("chunk", [2, 9], ids=["first filling", "a later one"])
+def test_interrupted_while_harvesting(tiny_model_folder, tmp_path, chunk):
+    """A stop while the buffer fills is heard at once, and going on is still exact."""
+    config = run_config(tiny_model_folder, buffer_gb=1e-4)
+    models = open_models(config)
+    whole = create_run(tmp_path / "whole", config)
+    train(whole, models)
+    run = create_run(tmp_path / "stopped", config)
+    heard = []
+
+    def interrupt(stage, done, total, figures):
+        heard.append(stage)
+        if heard.count("harvest") == chunk and stage == "harvest":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="Stopped"):
+        train(run, models, interrupt)
+    assert heard.count("harvest") == chunk
+    train(run, models)
+    assert all(torch.equal(v, weights(whole)[k]) for k, v in weights(run).items())
 
 
 KILLED = """

@@ -121,41 +121,45 @@ class Ring:
         return more and len(self.free) >= max(len(self.row_N) // 2, self.source.rows_per_chunk)
 
     def _refill(self, on_harvest: Callable[[int, int], None] | None) -> None:
-        left_over = torch.empty(0, dtype=torch.int64)
-        if self.next_chunk >= self.source.n_chunks:
-            left_over, self.order = self.order, left_over
-            self._start_epoch()
-        fresh = [self.order]
-        while self.next_chunk < self.source.n_chunks and len(self.free) >= self._room_needed():
-            fresh.append(self._take(self.source.chunk(self.next_chunk)))
-            self.next_chunk += 1
+        """Fill free slots and shuffle. Should `on_harvest` raise, nothing has changed but the
+        contents of free slots, so that `state` may still be saved."""
+        left_over, waiting, next_chunk = self._opening()
+        free, counts, fresh = self.free, self.counts, [waiting]
+        while next_chunk < self.source.n_chunks and len(free) >= self._room_needed():
+            chunk = self.source.chunk(next_chunk)
+            slots_R, free = free[: len(chunk.row_R)], free[len(chunk.row_R) :]
+            self._write(chunk, slots_R, torch.arange(len(chunk.row_R)))
+            self.row_N[slots_R] = chunk.row_R
+            fresh.append(slots_R)
+            counts += chunk.counts
+            next_chunk += 1
             if on_harvest:
-                on_harvest(self.next_chunk, self.source.n_chunks)
+                on_harvest(next_chunk, self.source.n_chunks)
         waiting = torch.cat(fresh)
         mixed = waiting[torch.randperm(len(waiting), generator=self.generator)]
         self.order = torch.cat([left_over, mixed])
+        self.free, self.counts, self.next_chunk = free, counts, next_chunk
         if len(self.order) < self.batch:
             raise UsageError(
                 f"The text gives only {len(self.order)} rows, fewer than one batch of "
                 f"{self.batch}. Raise --text.tokens or lower --fit.batch."
             )
 
+    def _opening(self) -> tuple[Tensor, Tensor, int]:
+        """Slots to read first, slots to shuffle, and the chunk to go on with.
+
+        Within an epoch nothing comes first. Between two, the rows left over do; then comes
+        everything that is held (resident), or the text from its beginning.
+        """
+        if self.next_chunk < self.source.n_chunks:
+            return self.order[:0], self.order, self.next_chunk
+        if self.resident:
+            return self.order, (self.row_N >= 0).nonzero().squeeze(-1), self.next_chunk
+        return self.order, self.order[:0], 0
+
     def _room_needed(self) -> int:
         """A resident buffer has a slot for every row that can come; else leave room for a chunk."""
         return 0 if self.resident else self.source.rows_per_chunk
-
-    def _start_epoch(self) -> None:
-        if self.resident:
-            self.order = (self.row_N >= 0).nonzero().squeeze(-1)
-        else:
-            self.next_chunk = 0
-
-    def _take(self, chunk: Chunk) -> Tensor:
-        slots_R, self.free = self.free[: len(chunk.row_R)], self.free[len(chunk.row_R) :]
-        self._write(chunk, slots_R, torch.arange(len(chunk.row_R)))
-        self.row_N[slots_R] = chunk.row_R
-        self.counts += chunk.counts
-        return slots_R
 
     def _write(self, chunk: Chunk, slots_R: Tensor, picks_R: Tensor) -> None:
         """Straight into the buffer, site by site."""

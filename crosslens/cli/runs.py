@@ -27,9 +27,7 @@ class Runs:
 
 def run(argv: Sequence[str]) -> int:
     """A line per run, newest last."""
-    asked = parse(
-        Runs, argv, None, prog="crosslens runs", description="List the runs in a folder."
-    )
+    asked = parse(Runs, argv, None, prog="crosslens runs", description="List the runs in a folder.")
     paths = Path(asked.folder).glob("*/run.json")
     found = [_facts(path.parent) for path in sorted(paths, key=lambda p: p.stat().st_mtime)]
     if asked.json:

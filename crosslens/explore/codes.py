@@ -17,8 +17,8 @@ from crosslens.errors import CrosslensError
 Ints: TypeAlias = NDArray[np.int32]
 Places: TypeAlias = NDArray[np.int64]
 Floats: TypeAlias = NDArray[np.float32]
-Progress: TypeAlias = Callable[[str, int, int], None]
-"""Hears (stage, done, total)."""
+Progress: TypeAlias = Callable[[int, int], None]
+"""Hears (chunks done, chunks in all)."""
 
 MOST_ENTRIES = 150_000_000
 """About 5 GB while they are sorted."""
@@ -77,7 +77,7 @@ def collect(source: Source, coder: Coder, progress: Progress) -> Codes:
         counted += len(chunk.row_R)
         entries += len(at_R)
         _check_sparse(entries, counted, coder)
-        progress("read latents", done, source.n_chunks)
+        progress(done, source.n_chunks)
     if not counted:
         raise CrosslensError("The token policy keeps no token: there is nothing to look at.")
     latent_E = torch.cat(latents).numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,7 @@ def norm_strip(store: LatentStore) -> Strip:
     share_LP = share_LP[np.argsort(mean_site_L, kind="stable")]
     columns = max(_MIN_COLUMNS, min(_MAX_COLUMNS, _CELLS // len(sites), len(share_LP)))
     edges = np.linspace(0, len(share_LP), min(columns, len(share_LP)) + 1).round().astype(int)
-    cells_CP = np.stack([share_LP[a:b].mean(0) for a, b in zip(edges, edges[1:], strict=False)])
+    cells_CP = np.stack([share_LP[a:b].mean(0) for a, b in pairwise(edges)])
     peaks_P = np.bincount(norm_LP.argmax(1), minlength=len(sites))
     wide = 2 * WIDTH / len(cells_CP)
     rows = tuple(
@@ -196,4 +197,3 @@ def percent(share: float) -> str:
 
 def _power(exponent: int) -> str:
     return {0: "100 %", -1: "10 %", -2: "1 %", -3: "0.1 %"}.get(exponent, f"1e{exponent}")
-

@@ -17,7 +17,7 @@ from crosslens.explore.store import LatentStore, Manifest, coder_hash
 from crosslens.text import Vocabulary
 
 
-def quiet(stage: str, done: int, total: int) -> None:
+def quiet(done: int, total: int) -> None:
     """The progress that tells nobody."""
 
 
@@ -48,7 +48,6 @@ def gather(
     figures = statistics(codes)
     tokens_NT = source.blocks.tokens_NT.numpy()
     examples = choose_examples(codes, figures.max_L, tokens_NT, plan)
-    progress("read logits", 0, 0)
     logits = direct_logits(coder, source.models, len(vocabulary))
     manifest = Manifest(
         coder=coder_hash(coder),

@@ -103,7 +103,7 @@ def _key_figures(
     store: LatentStore, metrics: list[dict[str, Any]], evaluation: Mapping[str, Any]
 ) -> list[tuple[str, str, str]]:
     """(name, value, what it was measured on) of what one asks first."""
-    during = next((m["heldout"] for m in reversed(metrics) if "heldout" in m), {})
+    during = _last_heldout(metrics)
     found = evaluation or during
     where = "held-out tokens" if evaluation else "held-out rows, last measurement of the training"
     dead = 1 - len(store.alive_L) / store.n_latents
@@ -120,6 +120,11 @@ def _key_figures(
     return told
 
 
+def _last_heldout(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last measurement of the training on held-out rows."""
+    return next((dict(m["heldout"]) for m in reversed(metrics) if "heldout" in m), {})
+
+
 def _told(value: float | None) -> str:
     return "–" if value is None else figures.number(float(value))
 
@@ -128,7 +133,7 @@ def _site_columns(
     metrics: list[dict[str, Any]], evaluation: Mapping[str, Any]
 ) -> list[SiteColumns]:
     """What was measured at each site; what nobody measured has no column."""
-    during = next((m["heldout"] for m in reversed(metrics) if "heldout" in m), {})
+    during = _last_heldout(metrics)
     found = []
     for source, heading, names in _COLUMNS:
         rows = evaluation.get(source) or during.get(source) or {}

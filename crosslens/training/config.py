@@ -70,6 +70,8 @@ class FitConfig:
     """A latent that has not fired for so many rows is dead."""
     buffer_gb: float = 2.5
     """Memory for shuffling activations. Text that fits is harvested once."""
+    harvest_tokens: int = 2048
+    """Positions that go through the models in one forward pass."""
     calibration_tokens: int = 8192
     """Positions that estimate each site's norm before training."""
     log_every: int = 10
@@ -79,7 +81,14 @@ class FitConfig:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "log_every", "heldout_every", "checkpoint_every"):
+        for name in (
+            "steps",
+            "batch",
+            "log_every",
+            "heldout_every",
+            "checkpoint_every",
+            "harvest_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise UsageError(f"fit.{name} must be at least 1, found {getattr(self, name)}.")
         resolve_dtype(self.dtype)

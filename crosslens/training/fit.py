@@ -25,7 +25,10 @@ Metrics = dict[str, Any]
 class Stream(Protocol):
     """Where batches come from."""
 
-    def next(self) -> Tensor: ...
+    def next(self, check: Callable[[], None]) -> Tensor:
+        """The next batch. `check` is called now and then and may raise; `state` is then as it was
+        before the call."""
+        ...
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -44,6 +47,12 @@ class StopRequest:
     """Set by the first Ctrl-C; the loop ends after the step in hand."""
 
     asked: bool = False
+
+    def check(self) -> None:
+        """Raise Interrupted once it is set."""
+        if self.asked:
+            raise Interrupted("Stopped on request.")
+
     _old: dict[signal.Signals, Any] = field(default_factory=dict)
 
 
@@ -92,7 +101,7 @@ def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) ->
     bad_step = torch.full((), -1, device=state.idle_L.device)
     with graceful_stop() as stop:
         while state.step < plan.steps:
-            x_BX = stream.next().to(state.idle_L.device, non_blocking=True)
+            x_BX = _next_rows(state, stream, hooks, stop).to(state.idle_L.device)
             lr = _set_rate(config, state)
             shown, parts, loss, grad = _step(config, state, x_BX)
             bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), state.step, bad_step)
@@ -109,6 +118,17 @@ def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) ->
                 hooks.save(state)
             if stopping and not at_end:
                 raise Interrupted(f"Stopped after step {state.step}; everything is saved.")
+
+
+def _next_rows(state: TrainState, stream: Stream, hooks: Hooks, stop: StopRequest) -> Tensor:
+    """A batch; harvesting one can take minutes, so a stop is heard meanwhile."""
+    try:
+        return stream.next(stop.check)
+    except Interrupted:
+        if state.step == 0:
+            raise Interrupted("Stopped before the first step; `crosslens resume` starts.") from None
+        hooks.save(state)
+        raise Interrupted(f"Stopped after step {state.step}; everything is saved.") from None
 
 
 def _set_rate(config: TrainConfig, state: TrainState) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +14,7 @@ from crosslens.device import resolve_device, resolve_dtype
 from crosslens.training.checkpoint import KEPT, TrainState
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, fit, new_optimizer
-from crosslens.training.train import HARVEST_POSITIONS, Models
+from crosslens.training.train import Models
 
 ADAM_BYTES = 16
 """Per parameter in memory: weight, gradient, two moments, float32 each."""
@@ -73,7 +74,7 @@ def _working_bytes(config: TrainConfig, layout: Layout, parameters: int) -> int:
 
 def _harvest_rate(config: TrainConfig, models: Models, layout: Layout) -> float:
     length = config.text.block
-    shape = (max(1, HARVEST_POSITIONS // length), length)
+    shape = (max(1, config.fit.harvest_tokens // length), length)
     seconds = 0.0
     for name, model in models.items():
         prefix = "" if len(models) == 1 else f"{name}/"
@@ -93,7 +94,7 @@ class _Noise:
         self.rows_BX = torch.randn(batch, layout.width).bfloat16()
         self.began: list[float] = []
 
-    def next(self) -> torch.Tensor:
+    def next(self, check: Callable[[], None]) -> torch.Tensor:
         self.began.append(time.perf_counter())
         return self.rows_BX
 

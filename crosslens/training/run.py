@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from crosslens import __version__
 from crosslens.config import from_plain, to_plain
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.storage import load_json, save_json
@@ -131,10 +132,8 @@ def versions() -> dict[str, str]:
     import torch
     import transformers
 
-    import crosslens
-
     return {
-        "crosslens": crosslens.__version__,
+        "crosslens": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -27,9 +27,6 @@ Models = Mapping[str, LanguageModel]
 Report = Callable[[str, int, int, Mapping[str, float]], None]
 """Hears (stage, done, total, figures) as work goes on."""
 
-HARVEST_POSITIONS = 2048
-"""Positions that go through the models in one forward pass."""
-
 
 def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> None:
     """The report that tells nobody."""
@@ -69,7 +66,7 @@ def run_source(run: Run, models: Models, blocks: Blocks) -> Source:
 
 def _source(config: TrainConfig, models: Models, blocks: Blocks) -> Source:
     layout = site_layout(models, config.sites)
-    per_chunk = max(1, HARVEST_POSITIONS // config.text.block)
+    per_chunk = max(1, config.fit.harvest_tokens // config.text.block)
     return Source(models, layout, blocks, config.policy, blocks_per_chunk=per_chunk)
 
 
@@ -89,8 +86,12 @@ class _Batches:
         self.ring = training.ring
         self.report = report
 
-    def next(self) -> Tensor:
-        return self.ring.next(lambda done, total: self.report("harvest", done, total, {}))
+    def next(self, check: Callable[[], None]) -> Tensor:
+        def heard(done: int, total: int) -> None:
+            self.report("harvest", done, total, {})
+            check()
+
+        return self.ring.next(heard)
 
     def state(self) -> dict[str, Tensor]:
         return self.ring.state()
