@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from crosslens.coder import BatchTopK, Coder, Layout, crosscoder, transpose_init
+from crosslens.coder import BatchTopK, Coder, Crosscoder, Layout, transpose_init
 from crosslens.training import CoderConfig, FitConfig, TrainConfig
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.fit import Hooks, fit, new_optimizer
@@ -52,7 +52,7 @@ def measure(name: str, dtype: str, repeats: int) -> dict[str, float]:
             steps=repeats + 3, batch=BATCH, dtype=dtype, log_every=10**6, checkpoint_every=10**6
         ),
     )
-    coder = Coder(crosscoder(layout, latents), config.coder.activation)
+    coder = Coder(Crosscoder()(layout, latents), config.coder.activation)
     transpose_init(coder, 0.1, torch.Generator().manual_seed(0))
     coder.compute_dtype = getattr(torch, dtype)
     idle_L = torch.zeros(latents, dtype=torch.int64)

@@ -21,7 +21,7 @@ from crosslens.activations import (
     token_mask,
     within_norms,
 )
-from crosslens.coder import Layout
+from crosslens.coder import Crosscoder, Layout
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.lm import ModelSpec, open_model
 from crosslens.text import Blocks
@@ -140,12 +140,12 @@ def test_paired_models_are_in_step(model):
 
 def test_scale_brings_the_mean_norm_to_root_d_under_the_same_policy(model):
     source = source_of(model, blocks_of(8))
-    found = calibrate(source, tokens=10_000)
+    found, _ = calibrate(source, Crosscoder()(source.layout, 4), tokens=10_000)
     source = replace(source, median_P=torch.tensor(found.median))
     rows = torch.cat([chunk.rows() for chunk in source])
     for p, columns in enumerate(source.layout.slices):
         norms = rows[:, columns].norm(dim=-1)
-        assert float(norms.mean()) * found.scale[p] == pytest.approx(32**0.5, rel=1e-4)
+        assert float(norms.mean()) * found.read_scale[p] == pytest.approx(32**0.5, rel=1e-4)
         assert found.tokens == 8 * 15
 
 
@@ -153,7 +153,7 @@ def test_outliers_are_left_out_of_scale_and_harvest_alike(model):
     """With a strict multiple some rows fall: the same ones in the estimate and in the harvest."""
     policy = TokenPolicy(outlier_norm=1.1)
     source = source_of(model, blocks_of(8), policy)
-    found = calibrate(source, tokens=10_000)
+    found, _ = calibrate(source, Crosscoder()(source.layout, 4), tokens=10_000)
     assert 0 < found.outliers < found.tokens
     source = replace(source, median_P=torch.tensor(found.median))
     chunks = list(source)

@@ -13,13 +13,14 @@ from torch import nn
 from crosslens.coder import (
     BatchTopK,
     Coder,
+    Crosscoder,
     Group,
     JumpReLU,
     Layout,
     ReLU,
+    Rows,
     TopK,
     Wiring,
-    crosscoder,
     fold,
     load,
     load_description,
@@ -54,7 +55,7 @@ def filled(wiring: Wiring, activation, seed: int = 0) -> Coder:
 def cross_layer_wiring() -> Wiring:
     """Like a cross-layer transcoder: later latents write fewer sites."""
     groups = (Group(6, ("a",), ("b", "c")), Group(5, ("b", "c"), ("c",)))
-    return Wiring(Layout(("a", "b", "c"), (4, 3, 5)), Layout(("b", "c"), (3, 5)), groups)
+    return Wiring(LAYOUT, LAYOUT, Layout(("b", "c"), (3, 5)), groups)
 
 
 def test_layout_lies_side_by_side():
@@ -65,7 +66,7 @@ def test_layout_lies_side_by_side():
     assert LAYOUT.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [1] * 4 + [2] * 3 + [3] * 5
 
 
-@pytest.mark.parametrize("wiring", [crosscoder(LAYOUT, 8), cross_layer_wiring()])
+@pytest.mark.parametrize("wiring", [Crosscoder()(LAYOUT, 8), cross_layer_wiring()])
 def test_forward_is_the_loop(wiring):
     coder = filled(wiring, ReLU()).requires_grad_(False)
     x = torch.randn(3, wiring.read.width, generator=generator(9))
@@ -115,7 +116,7 @@ def test_decoder_norms_of_sites_not_written_are_zero():
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(ACTIVATIONS), st.integers(0, 1000), st.booleans())
 def test_folding_changes_neither_output_nor_active_set(activation, seed, crossed):
-    wiring = crosscoder(LAYOUT, 8) if crossed else cross_layer_wiring()
+    wiring = Crosscoder()(LAYOUT, 8) if crossed else cross_layer_wiring()
     coder = filled(wiring, activation, seed)
     x = torch.randn(6, wiring.read.width, generator=generator(seed + 7)) * 3
     folded = fold(coder)
@@ -133,8 +134,8 @@ def test_folding_changes_neither_output_nor_active_set(activation, seed, crossed
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_relabelling_latents_changes_nothing_but_order(activation):
     coder, other = (
-        filled(crosscoder(LAYOUT, 8), activation),
-        Coder(crosscoder(LAYOUT, 8), activation),
+        filled(Crosscoder()(LAYOUT, 8), activation),
+        Coder(Crosscoder()(LAYOUT, 8), activation),
     )
     order = torch.randperm(8, generator=generator(3))
     state = coder.state_dict()
@@ -149,11 +150,11 @@ def test_relabelling_latents_changes_nothing_but_order(activation):
 
 
 def test_reordering_sites_changes_nothing_but_order():
-    coder = filled(crosscoder(LAYOUT, 8), TopK(k=3))
+    coder = filled(Crosscoder()(LAYOUT, 8), TopK(k=3))
     turned = Layout(("c", "a", "b"), (5, 4, 3))
     columns = torch.cat([torch.arange(12)[LAYOUT.slice(site)] for site in turned.sites])
     places = torch.tensor([LAYOUT.index(site) for site in turned.sites])
-    other = Coder(crosscoder(turned, 8), TopK(k=3)).eval()
+    other = Coder(Crosscoder()(turned, 8), TopK(k=3)).eval()
     with torch.no_grad():
         other.W_enc[0].copy_(coder.W_enc[0][:, columns])
         other.W_dec[0].copy_(coder.W_dec[0][:, columns])
@@ -166,7 +167,7 @@ def test_reordering_sites_changes_nothing_but_order():
 
 
 def test_transpose_init_sets_each_block_norm():
-    coder = Coder(crosscoder(LAYOUT, 8), ReLU())
+    coder = Coder(Crosscoder()(LAYOUT, 8), ReLU())
     transpose_init(coder, 0.1, generator())
     assert torch.allclose(coder.decoder_norms(), torch.full((8, 3), 0.1))
     assert torch.equal(coder.W_enc[0], coder.W_dec[0])
@@ -175,12 +176,12 @@ def test_transpose_init_sets_each_block_norm():
 
 
 def test_batch_topk_learns_the_running_threshold():
-    coder = Coder(crosscoder(LAYOUT, 8), BatchTopK(k=2, threshold_decay=0.9)).train()
+    coder = Coder(Crosscoder()(LAYOUT, 8), BatchTopK(k=2, threshold_decay=0.9)).train()
     transpose_init(coder, 0.5, generator())
     x = torch.randn(16, 12, generator=generator(1))
     expected = None
     for _ in range(3):
-        shown = coder.train_pass(x, x)
+        shown = coder.train_pass(Rows(x, x))
         kept = (shown.z_BL * coder.decoder_norms().sum(-1)).detach()
         smallest = float(kept[kept > 0].min())
         expected = smallest if expected is None else 0.9 * expected + 0.1 * smallest
@@ -190,13 +191,13 @@ def test_batch_topk_learns_the_running_threshold():
 
 
 def test_batch_topk_without_a_threshold_is_refused():
-    coder = Coder(crosscoder(LAYOUT, 8), BatchTopK(k=2)).eval()
+    coder = Coder(Crosscoder()(LAYOUT, 8), BatchTopK(k=2)).eval()
     with pytest.raises(CrosslensError, match="no inference threshold"):
         coder.encode(torch.zeros(1, 12))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("wiring", [crosscoder(LAYOUT, 8), cross_layer_wiring()])
+@pytest.mark.parametrize("wiring", [Crosscoder()(LAYOUT, 8), cross_layer_wiring()])
 def test_saving_and_loading_gives_the_same_coder(tmp_path, wiring, activation):
     coder = filled(wiring, activation)
     save(coder, tmp_path / "coder", {"note": "here"})
@@ -214,7 +215,7 @@ def test_saving_and_loading_gives_the_same_coder(tmp_path, wiring, activation):
 def test_public_names_in_the_file(tmp_path):
     from safetensors.torch import load_file
 
-    save(filled(crosscoder(LAYOUT, 8), BatchTopK(k=2)), tmp_path / "one")
+    save(filled(Crosscoder()(LAYOUT, 8), BatchTopK(k=2)), tmp_path / "one")
     save(filled(cross_layer_wiring(), ReLU()), tmp_path / "two")
     common = {"b_enc", "b_dec", "scale_read", "scale_write"}
     one = load_file(tmp_path / "one" / "coder.safetensors")
@@ -226,7 +227,7 @@ def test_public_names_in_the_file(tmp_path):
 
 def test_damaged_files_are_one_clear_sentence(tmp_path):
     folder = tmp_path / "coder"
-    coder = filled(crosscoder(LAYOUT, 8), ReLU())
+    coder = filled(Crosscoder()(LAYOUT, 8), ReLU())
 
     def refused(match: str) -> None:
         with pytest.raises(CrosslensError, match=match):
@@ -251,7 +252,7 @@ def test_damaged_files_are_one_clear_sentence(tmp_path):
         refused(match)
     (folder / "coder.json").write_text("{")
     refused("not JSON")
-    save(filled(crosscoder(LAYOUT, 8), ReLU()), folder)
+    save(filled(Crosscoder()(LAYOUT, 8), ReLU()), folder)
     other = json.loads((folder / "coder.json").read_text())
     other["wiring"]["groups"][0]["n_latents"] = 9
     (folder / "coder.json").write_text(json.dumps(other))
@@ -259,7 +260,7 @@ def test_damaged_files_are_one_clear_sentence(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    coder = filled(crosscoder(LAYOUT, 8), ReLU())
+    coder = filled(Crosscoder()(LAYOUT, 8), ReLU())
     with torch.no_grad():
         coder.W_dec[0][0, 0] = torch.nan
     save(coder, tmp_path / "coder")
@@ -275,9 +276,12 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
         (lambda: Layout(("a",), (0,)), "positive"),
         (lambda: Group(0, ("a",), ("a",)), "at least one latent"),
         (lambda: Group(1, (), ("a",)), "read at least one"),
-        (lambda: Wiring(LAYOUT, LAYOUT, (Group(1, ("x",), ("a",)),)), "no site 'x'"),
-        (lambda: Wiring(LAYOUT, LAYOUT, (Group(1, ("a",), ("a",)),)), "No latent writes b, c"),
-        (lambda: Coder(crosscoder(LAYOUT, 4), TopK(k=5)), "only 4 latents"),
+        (lambda: Wiring(LAYOUT, LAYOUT, LAYOUT, (Group(1, ("x",), ("a",)),)), "no site 'x'"),
+        (
+            lambda: Wiring(LAYOUT, LAYOUT, LAYOUT, (Group(1, ("a",), ("a",)),)),
+            "No latent writes b, c",
+        ),
+        (lambda: Coder(Crosscoder()(LAYOUT, 4), TopK(k=5)), "only 4 latents"),
         (lambda: TopK(k=0), "at least 1"),
         (lambda: BatchTopK(k=1, threshold_decay=1.0), "threshold_decay"),
         (lambda: JumpReLU(bandwidth=0.0), "bandwidth"),
@@ -293,7 +297,7 @@ def test_storage_keeps_what_was_there_when_the_disk_is_full(tmp_path, monkeypatc
 
     from crosslens import storage
 
-    coder = filled(crosscoder(LAYOUT, 8), ReLU())
+    coder = filled(Crosscoder()(LAYOUT, 8), ReLU())
     save(coder, tmp_path / "coder")
 
     def full(*_args, **_kwargs):
@@ -301,7 +305,7 @@ def test_storage_keeps_what_was_there_when_the_disk_is_full(tmp_path, monkeypatc
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(CrosslensError, match="disk is full"):
-        save(filled(crosscoder(LAYOUT, 8), ReLU(), seed=5), tmp_path / "coder")
+        save(filled(Crosscoder()(LAYOUT, 8), ReLU(), seed=5), tmp_path / "coder")
     x = torch.ones(1, 12)
     assert torch.equal(load(tmp_path / "coder")(x), coder(x))
     assert [p.name for p in tmp_path.iterdir()] == ["coder"], "no temporary file is left"

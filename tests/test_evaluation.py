@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from crosslens.activations import Source, TokenPolicy, site_layout
-from crosslens.coder import Coder, Layout, ReLU, TopK, crosscoder, transpose_init
+from crosslens.coder import Coder, Crosscoder, Layout, ReLU, TopK, transpose_init
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.evaluation import evaluate, kl_divergence, reconstruction, splice
 from crosslens.lm import ModelSpec, next_token_loss, open_model
@@ -24,7 +24,7 @@ def source(tiny_model_folder) -> Source:
 
 
 def random_coder(layout: Layout, latents: int = 24) -> Coder:
-    coder = Coder(crosscoder(layout, latents), TopK(k=6))
+    coder = Coder(Crosscoder()(layout, latents), TopK(k=6))
     transpose_init(coder, 1.0, torch.Generator().manual_seed(1))
     with torch.no_grad():
         coder.b_dec.normal_(generator=torch.Generator().manual_seed(2))
@@ -36,7 +36,7 @@ def random_coder(layout: Layout, latents: int = 24) -> Coder:
 def perfect_coder(layout: Layout) -> Coder:
     """Writes back exactly what it reads: latents ±e_i for every column."""
     width = layout.width
-    coder = Coder(crosscoder(layout, 2 * width), ReLU())
+    coder = Coder(Crosscoder()(layout, 2 * width), ReLU())
     with torch.no_grad():
         both = torch.cat([torch.eye(width), -torch.eye(width)])
         coder.W_enc[0].copy_(both)
@@ -92,7 +92,7 @@ def test_reconstruction_is_the_loop():
 
 def test_the_mean_alone_has_fvu_one():
     layout = Layout(("a",), (5,))
-    coder = Coder(crosscoder(layout, 3), ReLU()).eval()
+    coder = Coder(Crosscoder()(layout, 3), ReLU()).eval()
     x = torch.randn(64, 5)
     with torch.no_grad():
         coder.b_dec.copy_(x.mean(0))

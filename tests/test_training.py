@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
-from crosslens.coder import BatchTopK, Coder, Layout, ReLU, crosscoder, load, transpose_init
+from crosslens.coder import BatchTopK, Coder, Crosscoder, Layout, ReLU, Rows, load, transpose_init
 from crosslens.config import to_plain
 from crosslens.errors import CrosslensError, Diverged, Interrupted, UsageError
 from crosslens.lm import ModelSpec
@@ -43,7 +43,7 @@ LAYOUT = Layout(("a", "b"), (6, 4))
 
 
 def tiny_coder(activation=None, dtype=torch.float32) -> Coder:
-    coder = Coder(crosscoder(LAYOUT, 12), activation or BatchTopK(k=3))
+    coder = Coder(Crosscoder()(LAYOUT, 12), activation or BatchTopK(k=3))
     transpose_init(coder, 0.5, torch.Generator().manual_seed(0))
     with torch.no_grad():
         coder.b_dec.normal_(generator=torch.Generator().manual_seed(1))
@@ -54,7 +54,7 @@ def a_pass(coder: Coder, rows: int = 20, dead=()):
     x = torch.randn(rows, 10, generator=torch.Generator().manual_seed(2)).to(coder.b_dec.dtype)
     dead_L = torch.zeros(12, dtype=torch.bool)
     dead_L[list(dead)] = True
-    return coder.train_pass(x, x, dead_L)
+    return coder.train_pass(Rows(x, x), dead_L)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_ramps_and_rates():
     assert warmup_then_decay(0, 10, warmup=0, decay=0.0) == 1.0
 
 
-class Rows:
+class Table:
     """Batches out of a fixed table."""
 
     def __init__(self, make):
@@ -169,9 +169,9 @@ def test_a_planted_dictionary_is_recovered():
         optimizer=OptimizerConfig(lr=3e-3),
         fit=FitConfig(steps=700, batch=512, dtype="float32", dead_after=5000),
     )
-    coder = Coder(crosscoder(layout, 128), config.coder.activation)
+    coder = Coder(Crosscoder()(layout, 128), config.coder.activation)
     transpose_init(coder, 0.1, generator)
-    fit(config, state_of(config, coder), Rows(rows), quiet_hooks())
+    fit(config, state_of(config, coder), Table(rows), quiet_hooks())
     found = cosine_similarity(truth[:, None], coder.W_dec[0].detach()[None], dim=-1)
     best = found.max(-1).values
     assert best.mean() >= 0.95
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step():
 
     hooks = Hooks(lambda m: None, lambda s: saved.append(s.step), lambda c: {})
     with pytest.raises(Diverged, match="not finite at step 3") as caught:
-        fit(config, state_of(config, coder), Rows(rows), hooks)
+        fit(config, state_of(config, coder), Table(rows), hooks)
     assert caught.value.exit_code == 3
     assert saved == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,55 +10,88 @@ from torch import Tensor
 
 from crosslens.activations.harvest import Source, row_norms
 from crosslens.activations.policy import within_norms
+from crosslens.coder import Wiring, all_rows
 from crosslens.errors import CrosslensError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Norms per site, in the layout's order, estimated under the token policy."""
+    """Norms estimated under the token policy."""
 
-    scale: tuple[float, ...]
-    """√d / mean‖x‖: brings a site's mean norm to √d."""
+    read_scale: tuple[float, ...]
+    """√d / mean‖x‖ of each site the coder reads: brings its mean norm to √d."""
+    write_scale: tuple[float, ...]
+    """The same of each site it writes."""
     median: tuple[float, ...]
-    """Median ‖x‖ before outliers are left out."""
+    """Median ‖x‖ of each harvested site, before outliers are left out."""
     tokens: int
     """Rows that the estimate rests on."""
     outliers: int
     """Rows left out of it for their norm."""
 
 
-def calibrate(source: Source, tokens: int) -> Calibration:
-    """Norms from about `tokens` positions in chunks spread evenly over the blocks.
+def calibrate(source: Source, wiring: Wiring, tokens: int) -> tuple[Calibration, Tensor]:
+    """Norms, and the rows [R, X] they rest on: about `tokens` positions, in chunks spread evenly.
 
     The median is taken over the positions that the token policy keeps; rows beyond the policy's
-    multiple of it are then left out of the mean, as they will be left out of training.
+    multiple of it are then left out of the means, as they will be left out of training. Where a
+    coder's rows are made of harvested ones (differences), those rows are what is measured.
     """
     wanted = min(source.n_chunks, max(1, round(tokens / source.rows_per_chunk)))
     picks = [round(i * (source.n_chunks - 1) / max(1, wanted - 1)) for i in range(wanted)]
-    norm_RP = torch.cat([_kept_norms(source, index) for index in sorted(set(picks))])
-    if len(norm_RP) < 2:
+    chunks = [_kept(source, index) for index in sorted(set(picks))]
+    harvest_RP = torch.cat([norm_RP for norm_RP, _ in chunks])
+    if len(harvest_RP) < 2:
         raise CrosslensError("The token policy keeps no token: there is nothing to train on.")
-    median_P = norm_RP.median(0).values
-    _check_alive(source, median_P)
-    fine_R = within_norms(source.policy, norm_RP, median_P)
-    width_P = torch.tensor(source.layout.widths)
-    scale_P = width_P.sqrt() / norm_RP[fine_R].mean(0)
-    return Calibration(
-        scale=tuple(scale_P.tolist()),
+    median_P = harvest_RP.median(0).values
+    _check_alive(source.layout.sites, median_P)
+    fine_R = within_norms(source.policy, harvest_RP, median_P)
+    rows_RX = torch.cat([rows_RX for _, rows_RX in chunks])[fine_R].float()
+    read_RP, write_RP = _viewed_norms(wiring, harvest_RP[fine_R], rows_RX)
+    calibration = Calibration(
+        read_scale=_scale(wiring.scaled_widths(wiring.read), read_RP),
+        write_scale=_scale(wiring.scaled_widths(wiring.write), write_RP),
         median=tuple(median_P.tolist()),
-        tokens=len(norm_RP),
+        tokens=len(harvest_RP),
         outliers=int((~fine_R).sum()),
     )
+    return calibration, rows_RX
 
 
-def _kept_norms(source: Source, index: int) -> Tensor:
+def _scale(widths: Sequence[int], norm_RP: Tensor) -> tuple[float, ...]:
+    mean_P = norm_RP.mean(0)
+    if (mean_P <= 0).any():
+        raise CrosslensError(
+            "The two models' activations do not differ at all: they are the same weights, or the "
+            "adapter does nothing. There is nothing for a difference to learn."
+        )
+    return tuple((torch.tensor(widths).sqrt() / mean_P).tolist())
+
+
+def _kept(source: Source, index: int) -> tuple[Tensor, Tensor]:
+    """Norms [R, P] and rows [R, X] of the positions of a chunk that count."""
     sites = source.activations(source.blocks.tokens_NT[source.block_range(index)])
     keep_BT, _ = source.keep(index, sites)
-    return row_norms(sites)[keep_BT.flatten()]
+    rows_RX = torch.cat([site[keep_BT.to(site.device)].cpu() for site in sites], -1)
+    return row_norms(sites)[keep_BT.flatten()], rows_RX
 
 
-def _check_alive(source: Source, median_P: Tensor) -> None:
-    for site, median in zip(source.layout.sites, median_P.tolist(), strict=True):
+def _viewed_norms(wiring: Wiring, norm_RP: Tensor, rows_RX: Tensor) -> tuple[Tensor, Tensor]:
+    """Norms of the sites read and of those written."""
+    if wiring.view == "per_site":
+        return norm_RP, norm_RP
+    if wiring.view == "difference":
+        made_RX = all_rows(wiring, rows_RX).x_BX
+        made_RP = row_norms([made_RX[:, columns] for columns in wiring.read.slices])
+        return made_RP, made_RP
+    read, write = (
+        [wiring.harvest.index(site) for site in part.sites] for part in (wiring.read, wiring.write)
+    )
+    return norm_RP[:, read], norm_RP[:, write]
+
+
+def _check_alive(sites: Sequence[str], median_P: Tensor) -> None:
+    for site, median in zip(sites, median_P.tolist(), strict=True):
         if median <= 0:
             raise CrosslensError(
                 f"Activations at {site} are all zero, so there is nothing to learn there."

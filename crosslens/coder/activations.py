@@ -13,18 +13,24 @@ from crosslens.errors import CrosslensError, UsageError
 
 
 @runtime_checkable
-class Threshold(Protocol):
-    """What an activation may keep: a learnt or running threshold, and whether it trains now."""
+class State(Protocol):
+    """What an activation may look at and keep in its coder."""
 
-    threshold: Tensor | None
     training: bool
+    progress: float
+    """Share of the training that is done."""
+    threshold: Tensor | None
+    """Learnt per latent, or running for the whole batch."""
+
+    @property
+    def b_enc(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReLU:
     """f = max(pre, 0); sparsity must come from the objective."""
 
-    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: Threshold) -> Tensor:
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         return F.relu(pre_BL)
 
 
@@ -37,7 +43,7 @@ class TopK:
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: Threshold) -> Tensor:
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         return F.topk(pre_BL, self.k)
 
 
@@ -54,7 +60,7 @@ class BatchTopK:
         if not 0 <= self.threshold_decay < 1:
             raise UsageError(f"threshold_decay must be in [0, 1), found {self.threshold_decay}.")
 
-    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: Threshold) -> Tensor:
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         assert state.threshold is not None
         if not state.training:
             return F.above_threshold(pre_BL, norm_L, state.threshold)
@@ -81,7 +87,7 @@ class JumpReLU:
                 f"{self.initial_threshold} and {self.bandwidth}."
             )
 
-    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: Threshold) -> Tensor:
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         assert state.threshold is not None
         return F.jumprelu(pre_BL, state.threshold, self.bandwidth)
 
@@ -89,15 +95,18 @@ class JumpReLU:
 Activation = ReLU | TopK | BatchTopK | JumpReLU
 
 
-def initial_threshold(activation: Activation, n_latents: int) -> Tensor | None:
-    """[L] for JumpReLU; a scalar, not yet known (NaN), for BatchTopK; none otherwise."""
+def activation_parameters(activation: Activation, n_latents: int) -> dict[str, tuple[Tensor, bool]]:
+    """What an activation keeps in its coder: name → (initial value, whether it is learnt).
+
+    BatchTopK's running threshold is not known (NaN) before its first training step.
+    """
     match activation:
         case JumpReLU(initial_threshold=value):
-            return torch.full((n_latents,), value)
+            return {"threshold": (torch.full((n_latents,), value), True)}
         case BatchTopK():
-            return torch.tensor(torch.nan)
+            return {"threshold": (torch.tensor(torch.nan), False)}
         case _:
-            return None
+            return {}
 
 
 def check_fits(activation: Activation, n_latents: int) -> None:

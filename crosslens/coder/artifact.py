@@ -29,6 +29,7 @@ class Description:
     format: int = FORMAT
     wiring: Wiring
     activation: Activation
+    center: bool = False
     folded: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
     """Models, token policy, tokenizer hash, training summary: whatever the trainer knows."""
@@ -41,6 +42,7 @@ def save(coder: Coder, folder: str | Path, provenance: Mapping[str, Any] | None 
     description = Description(
         wiring=coder.wiring,
         activation=coder.activation,
+        center=coder.center,
         folded=coder.folded,
         provenance=dict(provenance or {}),
     )
@@ -63,7 +65,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Coder:
     folder = coder_folder(Path(folder))
     description = load_description(folder)
     tensors = load_tensors(folder / "coder.safetensors")
-    coder = Coder(description.wiring, description.activation)
+    coder = Coder(description.wiring, description.activation, center=description.center)
     coder.folded = description.folded
     restore_tensors(coder, tensors, str(folder / "coder.safetensors"))
     return coder.to(device).eval()
@@ -95,7 +97,8 @@ def coder_folder(folder: Path) -> Path:
 
 def coder_tensors(coder: Coder) -> dict[str, Tensor]:
     """The coder's tensors by public name: `W_enc`, `W_dec` (numbered when there are several
-    groups), `b_enc`, `b_dec`, `threshold`, `scale_read`, `scale_write`."""
+    groups), `W_skip`, `b_enc`, `b_dec`, `threshold`, `scale_read`, `scale_write`, `site_code`, as
+    they apply."""
     return {_public(coder, name): tensor for name, tensor in coder.state_dict().items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,24 +79,44 @@ class Group:
     n_latents: int
     reads: tuple[str, ...]
     writes: tuple[str, ...]
+    copies: int = 1
+    """So many equal parts of the sites written (in their order) share one stored decoder."""
+    skip: bool = False
+    """Also map what is read to what is written linearly."""
 
     def __post_init__(self) -> None:
         if self.n_latents < 1:
             raise UsageError(f"A group needs at least one latent, found {self.n_latents}.")
         if not self.reads or not self.writes:
             raise UsageError("A group of latents must read at least one site and write one.")
+        if self.copies < 1 or len(self.writes) % self.copies:
+            raise UsageError(
+                f"A group that writes {len(self.writes)} sites cannot tie {self.copies} copies of "
+                "its decoder: the copies must divide the sites."
+            )
+
+
+View = Literal["rows", "difference", "per_site"]
+"""How harvested rows become a coder's rows: picked columns; one model's sites minus another's; or
+one row per (token, site) pair."""
 
 
 @dataclass(frozen=True)
 class Wiring:
     """What a coder reads, what it writes, and which latents do which."""
 
+    harvest: Layout
+    """What a harvested row holds; `read` and `write` are made from it by the view."""
     read: Layout
     write: Layout
     groups: tuple[Group, ...]
+    view: View = "rows"
+    learnt_code: bool = False
+    """Where the view is per site: learn the sites' codes instead of sinusoids."""
 
     def __post_init__(self) -> None:
         for group in self.groups:
+            _check_tied(self.write.pick(group.writes), group)
             for site in group.reads:
                 self.read.index(site)
             for site in group.writes:
@@ -110,12 +131,27 @@ class Wiring:
         return sum(group.n_latents for group in self.groups)
 
     @property
+    def n_codes(self) -> int:
+        """Sites that are told apart by a code added to the input; 0 unless the view is per site."""
+        return len(self.harvest.sites) if self.view == "per_site" else 0
+
+    def scaled_widths(self, layout: Layout) -> tuple[int, ...]:
+        """The width behind each scale: one per site of `layout`, or per harvested site where rows
+        are of one site each."""
+        return self.harvest.widths if self.n_codes else layout.widths
+
+    @property
     def slices(self) -> tuple[slice, ...]:
         """The latents of each group, in order."""
         sizes = [group.n_latents for group in self.groups]
         return tuple(slice(end - n, end) for end, n in zip(accumulate(sizes), sizes, strict=True))
 
 
-def crosscoder(layout: Layout, n_latents: int) -> Wiring:
-    """One group that reads and writes every site; with a single site, an SAE."""
-    return Wiring(layout, layout, (Group(n_latents, layout.sites, layout.sites),))
+def _check_tied(write: Layout, group: Group) -> None:
+    share = len(write.widths) // group.copies
+    parts = {write.widths[i : i + share] for i in range(0, len(write.widths), share)}
+    if len(parts) > 1:
+        raise UsageError(
+            f"A decoder cannot be shared by sites of unequal widths: {write.sites} have "
+            f"{write.widths}."
+        )

@@ -46,9 +46,9 @@ def evaluate(
     Raises:
         UsageError: the coder and the source do not have the same sites.
     """
-    if coder.wiring.read != source.layout or coder.wiring.write != source.layout:
+    if coder.wiring.harvest != source.layout:
         raise UsageError(
-            f"The coder's sites ({', '.join(coder.wiring.read.sites)}) are not the source's "
+            f"The coder's sites ({', '.join(coder.wiring.harvest.sites)}) are not the source's "
             f"({', '.join(source.layout.sites)})."
         )
     found = reconstruction(coder, _rows(source, report))

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.activations import Source
-from crosslens.coder import Coder
+from crosslens.coder import Coder, all_rows, replacements
+from crosslens.coder.rows import spliced_sites
 from crosslens.lm import LanguageModel, next_token_loss, split_site
 
 
@@ -42,14 +43,14 @@ def splice(
     tokens: int,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> dict[str, SpliceFigures]:
-    """Each site of the coder, spliced alone, over about `tokens` positions of the source.
+    """Each site that the coder writes, spliced alone, over about `tokens` positions of the source.
 
     Args:
-        mean: mean activation per site [D], for mean ablation.
+        mean: mean activation per harvested site [D], for mean ablation.
     """
     coder.eval()
     n_chunks = min(source.n_chunks, max(1, round(tokens / source.rows_per_chunk)))
-    totals = {site: torch.zeros(5, dtype=torch.float64) for site in source.layout.sites}
+    totals = {site: torch.zeros(5, dtype=torch.float64) for site in spliced_sites(coder.wiring)}
     counted = 0
     for index in range(n_chunks):
         counted += _add_chunk(coder, source, mean, index, totals)
@@ -71,13 +72,14 @@ def _add_chunk(
     sites = source.activations(tokens_BT)
     keep_BT, _ = source.keep(index, sites)
     rows_RX = torch.cat([site[keep_BT.to(site.device)].float() for site in sites], -1)
-    recon_RX = coder(rows_RX.to(coder.b_dec.device))
+    rows = all_rows(coder.wiring, rows_RX.to(coder.b_dec.device))
+    recon = replacements(coder.wiring, rows_RX, coder(rows.x_BX, rows.site_B))
     clean = {name: model.run(tokens_BT, {}) for name, model in source.models.items()}
-    for site, columns in zip(source.layout.sites, source.layout.slices, strict=True):
+    for site in totals:
         name, plain = split_site(site)
         name = name or next(iter(source.models))
         model, clean_BTV = source.models[name], clean[name]
-        variants = (recon_RX[:, columns], torch.zeros(()), mean[site])
+        variants = (recon[site], torch.zeros(()), mean[site])
         found = [_loss(clean_BTV, tokens_BT)]
         for values in variants:
             logits_BTV = _run_with(model, plain, tokens_BT, keep_BT, values)

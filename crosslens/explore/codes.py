@@ -9,9 +9,10 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from crosslens.activations import Source
-from crosslens.coder import Coder
+from crosslens.coder import Coder, all_rows
 from crosslens.errors import CrosslensError
 
 Ints: TypeAlias = NDArray[np.int32]
@@ -69,7 +70,7 @@ def collect(source: Source, coder: Coder, progress: Progress) -> Codes:
     rows, latents, values = [], [], []
     counted = entries = 0
     for done, chunk in enumerate(source, 1):
-        z_RL = coder.encode(chunk.rows().to(coder.b_dec.device))
+        z_RL = _encoded(coder, chunk.rows())
         at_R, at_L = z_RL.nonzero(as_tuple=True)
         rows.append(chunk.row_R[at_R.cpu()].int())
         latents.append(at_L.int().cpu())
@@ -91,6 +92,15 @@ def collect(source: Source, coder: Coder, progress: Progress) -> Codes:
         row_E=torch.cat(rows).numpy()[order],
         value_E=torch.cat(values).numpy()[order],
     )
+
+
+def _encoded(coder: Coder, rows_RX: Tensor) -> Tensor:
+    """The code of harvested rows [R, L]; of a token with a code per site, the largest of each."""
+    rows = all_rows(coder.wiring, rows_RX.to(coder.b_dec.device))
+    z_BL = coder.encode(rows.x_BX, rows.site_B)
+    if len(z_BL) == len(rows_RX):
+        return z_BL
+    return z_BL.view(len(rows_RX), -1, z_BL.shape[1]).amax(1)
 
 
 def _check_sparse(entries: int, counted: int, coder: Coder) -> None:

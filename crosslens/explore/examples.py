@@ -96,8 +96,9 @@ def _strongest(codes: Codes, tokens_NT: Ints, plan: ExamplePlan) -> tuple[Places
     """Entries of the strongest peaks per latent, one per context, and how often each context is."""
     peak = np.flatnonzero(_is_peak(codes, plan.before))
     peak = peak[np.lexsort((codes.row_E[peak], -codes.value_E[peak], codes.latent_E[peak]))]
-    context_P = _context_hashes(tokens_NT)[codes.row_E[peak]]
-    pair_P = (context_P ^ codes.latent_E[peak].astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    hash_P = _context_hashes(tokens_NT)[codes.row_E[peak]]
+    _, context_P = np.unique(hash_P, return_inverse=True)
+    pair_P = context_P * codes.n_latents + codes.latent_E[peak]
     _, first, counts = np.unique(pair_P, return_index=True, return_counts=True)
     by_place = np.argsort(first)
     distinct, repeats = peak[first[by_place]], counts[by_place]

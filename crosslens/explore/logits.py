@@ -80,7 +80,8 @@ def _decoder_at(coder: Coder, site: str) -> Tensor:
     parts = []
     for group, W_LY in zip(coder.wiring.groups, coder.W_dec, strict=True):
         if site in group.writes:
-            parts.append(W_LY[:, write.pick(group.writes).slice(site)])
+            whole_LY = W_LY.repeat(1, group.copies)
+            parts.append(whole_LY[:, write.pick(group.writes).slice(site)])
         else:
             parts.append(W_LY.new_zeros(group.n_latents, width))
     return torch.cat(parts).float()

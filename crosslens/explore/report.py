@@ -76,13 +76,17 @@ def render(
     metrics = run.metrics()
     evaluation = evaluation or {}
     chosen = choose_latents(store, latents)
+    told = _key_figures(store, metrics, evaluation)
     script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
     digest = hashlib.sha256(script.encode()).digest()
     return environment.get_template("report.html.j2").render(
         run=run,
         store=store,
         evaluated=bool(evaluation),
-        key_figures=_key_figures(store, metrics, evaluation),
+        key_figures=told,
+        measured=[
+            (w, [n for n, _, at in told if at == w]) for w in dict.fromkeys(t[2] for t in told)
+        ],
         curves=figures.curves(metrics),
         site_columns=_site_columns(metrics, evaluation),
         strip=figures.norm_strip(store),
@@ -105,7 +109,7 @@ def _key_figures(
     """(name, value, what it was measured on) of what one asks first."""
     during = _last_heldout(metrics)
     found = evaluation or during
-    where = "held-out tokens" if evaluation else "held-out rows, last measurement of the training"
+    where = "on held-out tokens" if evaluation else "on held-out rows, when training ended"
     dead = 1 - len(store.alive_L) / store.n_latents
     told = [
         ("FVU", _told(found.get("fvu")), where),

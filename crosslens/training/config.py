@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from crosslens.activations import TokenPolicy
-from crosslens.coder import Activation, BatchTopK
+from crosslens.coder import Activation, BatchTopK, Crosscoder, WiringConfig
 from crosslens.coder.activations import check_fits
 from crosslens.device import resolve_dtype
 from crosslens.errors import UsageError
@@ -22,6 +23,10 @@ class CoderConfig:
     activation: Activation = BatchTopK()
     decoder_norm: float = 0.1
     """Initial norm of each latent's decoder at each site."""
+    bias: Literal["mean", "zero"] = "mean"
+    """Start with the data's mean in the decoder bias and taken out of the encoder's, or at 0."""
+    center: bool = False
+    """Subtract the decoder bias from the input before encoding."""
 
     def __post_init__(self) -> None:
         if self.latents < 1:
@@ -109,6 +114,8 @@ class TrainConfig:
         "resid_mid.25",
     )
     """Sites to read and write: names or globs such as `resid_post.*`."""
+    wiring: WiringConfig = Crosscoder()
+    """Which latents read and write which of the sites."""
     text: TextConfig = TextConfig()
     policy: TokenPolicy = TokenPolicy()
     coder: CoderConfig = CoderConfig()

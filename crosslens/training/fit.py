@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from crosslens.coder import Coder, Pass
+from crosslens.coder import Coder, Pass, training_rows
 from crosslens.errors import Diverged, Interrupted
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import OptimizerConfig, TrainConfig
@@ -144,14 +144,17 @@ def _step(
 ) -> tuple[Pass, dict[str, Tensor], Tensor, Tensor]:
     coder = state.coder.train()
     dead_L = state.idle_L >= config.fit.dead_after
-    shown = coder.train_pass(x_BX, x_BX, dead_L, state.step / config.fit.steps)
+    # From seed and step alone, so that going on after a stop draws the same.
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
+    rows = training_rows(coder.wiring, x_BX, generator)
+    shown = coder.train_pass(rows, dead_L, state.step / config.fit.steps)
     loss, parts = config.objective(shown)
     loss.backward()  # type: ignore[no-untyped-call]
     grad = torch.nn.utils.clip_grad_norm_(coder.parameters(), config.optimizer.clip)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     fired_L = (shown.z_BL != 0).any(0)
-    state.idle_L.add_(len(x_BX)).masked_fill_(fired_L, 0)
+    state.idle_L.add_(len(shown.z_BL)).masked_fill_(fired_L, 0)
     return shown, parts, loss.detach(), grad
 
 

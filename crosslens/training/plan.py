@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from crosslens.activations import site_layout
-from crosslens.coder import Coder, Layout, crosscoder, transpose_init
+from crosslens.coder import Coder, Layout, transpose_init
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.training.checkpoint import KEPT, TrainState
 from crosslens.training.config import TrainConfig
@@ -43,7 +43,7 @@ class Plan:
 def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
     """Predict a run from its configuration, one forward pass and a few training steps."""
     layout = site_layout(models, config.sites)
-    parameters = config.coder.latents * (2 * layout.width + 1) + layout.width
+    parameters = sum(p.numel() for p in _coder(config, layout).parameters())
     capacity = int(config.fit.buffer_gb * 1e9 / (2 * layout.width))
     epochs = config.fit.steps * config.fit.batch / config.text.tokens
     resident = config.text.tokens <= capacity
@@ -62,6 +62,11 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
         seconds_per_step=step,
         seconds=harvested / rate + config.fit.steps * step,
     )
+
+
+def _coder(config: TrainConfig, layout: Layout) -> Coder:
+    wiring = config.wiring(layout, config.coder.latents)
+    return Coder(wiring, config.coder.activation, center=config.coder.center)
 
 
 def _working_bytes(config: TrainConfig, layout: Layout, parameters: int) -> int:
@@ -105,7 +110,7 @@ class _Noise:
 def _step_seconds(config: TrainConfig, layout: Layout, steps: int) -> float:
     """Seconds of one step, from `steps` of them after one to warm up."""
     device = resolve_device(config.fit.device)
-    coder = Coder(crosscoder(layout, config.coder.latents), config.coder.activation)
+    coder = _coder(config, layout)
     transpose_init(coder, config.coder.decoder_norm, torch.Generator().manual_seed(0))
     coder.to(device)
     coder.compute_dtype = resolve_dtype(config.fit.dtype)

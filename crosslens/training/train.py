@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from crosslens.activations import Calibration, Counts, Ring, Source, calibrate, site_layout
-from crosslens.coder import Coder, crosscoder, save, transpose_init
+from crosslens.coder import Coder, center_biases, save, transpose_init
+from crosslens.config import from_plain
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.evaluation import reconstruction
 from crosslens.lm import LanguageModel, open_model, tokenizer_hash
 from crosslens.storage import save_json
 from crosslens.text import Blocks, build_blocks
-from crosslens.training.checkpoint import TrainState, restore_newest, save_checkpoint
+from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, Metrics, fit, new_optimizer
 from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
@@ -101,10 +102,10 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
     train_blocks, heldout_blocks = _blocks(run, config, models, report)
     source = _source(config, models, train_blocks)
     _check_buffer(config, source)
-    calibration = _calibration(run, config, source, models, report)
+    calibration, sample_RX = _calibration(run, config, source, models, report)
     source = replace(source, median_P=torch.tensor(calibration.median))
     device = resolve_device(config.fit.device)
-    state = _new_state(config, source, calibration, device)
+    state = _new_state(config, source, calibration, sample_RX, device)
     capacity = int(config.fit.buffer_gb * 1e9 / (2 * source.layout.width))
     ring = Ring(source, capacity, config.fit.batch, config.seed)
     position, complaints = restore_newest(run.folder / "checkpoints", state)
@@ -143,40 +144,54 @@ def _check_buffer(config: TrainConfig, source: Source) -> None:
 
 def _calibration(
     run: Run, config: TrainConfig, source: Source, models: Models, report: Report
-) -> Calibration:
-    """The norms that scale the run's activations: measured once, then read from the run."""
+) -> tuple[Calibration, Tensor | None]:
+    """The norms that scale the run's activations, and rows to start a coder from.
+
+    Once there is a checkpoint, the norms are read from the run and no rows are needed.
+    """
     record = run.record()
-    if "calibration" in record:
-        known = record["calibration"]
-        return Calibration(
-            scale=tuple(known["scale"]),
-            median=tuple(known["median"]),
-            tokens=known["tokens"],
-            outliers=known["outliers"],
-        )
+    if "calibration" in record and checkpoints(run.folder / "checkpoints"):
+        known = from_plain(Calibration, record["calibration"], str(run.folder / "run.json"))
+        return known, None
     report("calibrate", 0, 0, {})
-    calibration = calibrate(source, config.fit.calibration_tokens)
+    wiring = config.wiring(source.layout, config.coder.latents)
+    calibration, sample_RX = calibrate(source, wiring, config.fit.calibration_tokens)
     facts = {
         "sites": dict(zip(source.layout.sites, source.layout.widths, strict=True)),
         "models": {name: model.identity() for name, model in models.items()},
         "calibration": asdict(calibration),
     }
     extend_record(run, facts)
-    return calibration
+    return calibration, sample_RX
 
 
 def _new_state(
-    config: TrainConfig, source: Source, calibration: Calibration, device: torch.device
+    config: TrainConfig,
+    source: Source,
+    calibration: Calibration,
+    sample_RX: Tensor | None,
+    device: torch.device,
 ) -> TrainState:
-    coder = Coder(crosscoder(source.layout, config.coder.latents), config.coder.activation)
-    generator = torch.Generator().manual_seed(config.seed)
-    transpose_init(coder, config.coder.decoder_norm, generator)
-    coder.scale_read.copy_(torch.tensor(calibration.scale))
-    coder.scale_write.copy_(torch.tensor(calibration.scale))
+    coder = Coder(
+        config.wiring(source.layout, config.coder.latents),
+        config.coder.activation,
+        center=config.coder.center,
+    )
+    coder.scale_read.copy_(torch.tensor(calibration.read_scale))
+    coder.scale_write.copy_(torch.tensor(calibration.write_scale))
+    if sample_RX is not None:
+        _initialise(coder, config, sample_RX)
     coder.to(device)
     coder.compute_dtype = resolve_dtype(config.fit.dtype)
     idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+
+
+def _initialise(coder: Coder, config: TrainConfig, sample_RX: Tensor) -> None:
+    generator = torch.Generator().manual_seed(config.seed)
+    transpose_init(coder, config.coder.decoder_norm, generator)
+    if config.coder.bias == "mean":
+        center_biases(coder, sample_RX.mean(0))
 
 
 def _heldout_rows(source: Source, wanted: int, device: torch.device) -> Tensor:

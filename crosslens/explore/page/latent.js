@@ -31,7 +31,7 @@ function profileOf(latent) {
     return [el("span", {}, data.sites[site]), el("span", { class: "bar", "aria-hidden": "true" }, fill),
       el("span", { class: "value" }, number(norm))];
   });
-  return el("section", {}, el("h3", {}, "Decoder norm"), el("div", { class: "profile" }, ...bars));
+  return el("section", {}, el("h3", {}, "Decoder norm"), el("div", { class: latent.norms.length > 10 ? "profile many" : "profile" }, ...bars));
 }
 
 function histogramOf(latent) {
@@ -68,16 +68,13 @@ function logitsOf(latent) {
 }
 
 function examplesOf(latent) {
-  const sections = Map.groupBy
-    ? Map.groupBy(data.examples[latent.index], (example) => example[3])
-    : grouped(data.examples[latent.index]);
-  return [...sections].flatMap(([section, examples]) => [
+  return [...bySection(data.examples[latent.index])].flatMap(([section, examples]) => [
     headOf(latent, section),
     el("ul", { class: "examples" }, ...examples.map((example) => lineOf(example))),
   ]);
 }
 
-function grouped(examples) {
+function bySection(examples) {
   const found = new Map();
   for (const example of examples) found.set(example[3], [...(found.get(example[3]) ?? []), example]);
   return found;

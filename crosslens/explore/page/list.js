@@ -8,11 +8,17 @@ function drawList() {
   list.shown = latents.filter((latent) => !query || latent.id === exact || haystack(latent).includes(query));
   const sign = list.down ? -1 : 1;
   list.shown.sort((a, b) => sign * (a[list.key] - b[list.key]) || a.id - b.id);
-  if (exact !== null) list.shown.sort((a, b) => (b.id === exact) - (a.id === exact));
+  if (query) list.shown.sort((a, b) => rank(b, query, exact) - rank(a, query, exact));
   document.querySelector("#latents tbody").replaceChildren(...list.shown.map(rowOf));
   document.getElementById("latents").setAttribute("aria-rowcount", list.shown.length + 1);
   document.getElementById("count").textContent =
     query ? `${list.shown.length} of ${latents.length}` : `${latents.length} latents`;
+}
+
+// What was looked for by number, then by the tokens a latent is most active on, then the others.
+function rank(latent, query, exact) {
+  if (latent.id === exact) return 2;
+  return Number(data.label[latent.index].some((piece) => data.pieces[piece].toLowerCase().includes(query)));
 }
 
 function rowOf(latent) {
