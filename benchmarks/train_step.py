@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from crosslens.coder import BatchTopK, Coder, Crosscoder, Layout, transpose_init
-from crosslens.training import CoderConfig, FitConfig, TrainConfig
+from crosslens.training import Adam, CoderConfig, FitConfig, TrainConfig
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.fit import Hooks, fit, new_optimizer
 
@@ -48,6 +48,7 @@ def measure(name: str, dtype: str, repeats: int) -> dict[str, float]:
     layout = Layout(tuple(f"resid_post.{i}" for i in range(sites)), (width,) * sites)
     config = TrainConfig(
         coder=CoderConfig(latents=latents, activation=BatchTopK(k=k)),
+        optimizer=Adam(warmup=0),
         fit=FitConfig(
             steps=repeats + 3, batch=BATCH, dtype=dtype, log_every=10**6, checkpoint_every=10**6
         ),

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crosslens.coder import Coder as Coder
     from crosslens.coder import load as load
+    from crosslens.coder import side_by_side as side_by_side
 
 __version__ = "0.1.0"
 
 # Heavy imports wait until a name is used, so that `import crosslens` stays instant.
-_LAZY = {"Coder": "crosslens.coder", "load": "crosslens.coder"}
-__all__ = ["Coder", "__version__", "load"]
+_LAZY = {"Coder": "crosslens.coder", "load": "crosslens.coder", "side_by_side": "crosslens.coder"}
+__all__ = ["Coder", "__version__", "load", "side_by_side"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,19 @@ def tiny_model_folder(tmp_path_factory, tiny_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory, tiny_model_folder) -> dict[str, Path]:
+    """The tiny model, and one whose weights differ a little, as a fine-tuned one's do."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    chat = tmp_path_factory.mktemp("tiny-chat") / "model"
+    shutil.copytree(tiny_model_folder, chat)
+    weights = load_file(chat / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in weights.items():
+        weights[name] = weight + 0.01 * torch.randn(weight.shape, generator=generator)
+    save_file(weights, chat / "model.safetensors", metadata={"format": "pt"})
+    return {"base": tiny_model_folder, "chat": chat}

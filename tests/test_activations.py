@@ -86,6 +86,16 @@ def test_each_rule_counts_once():
     assert counts == Counts(seen=16)
 
 
+def test_scale_brings_the_mean_squared_norm_to_one(model):
+    source = source_of(model, blocks_of(6))
+    wiring = Crosscoder()(source.layout, 4)
+    found, rows = calibrate(source, wiring, 10**6, "unit_square")
+    assert found.scale == "unit_square"
+    for scale, columns in zip(found.read_scale, source.layout.slices, strict=True):
+        squares = [sum(float(x) ** 2 for x in row) for row in rows[:, columns]]
+        assert scale**2 * sum(squares) / len(squares) == pytest.approx(1.0, rel=1e-4)
+
+
 def test_outliers_are_beyond_a_multiple_of_the_median_at_any_site():
     norms = torch.tensor([[1.0, 1.0], [10.1, 1.0], [1.0, 19.9], [1.0, 20.1]])
     median = torch.tensor([1.0, 2.0])

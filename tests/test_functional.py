@@ -1,4 +1,4 @@
-"""Each activation and loss against a nested-loop oracle of its equation, and gradcheck."""
+"""Each activation against a nested-loop oracle of its equation, and gradcheck."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from crosslens import functional as F
+from crosslens.functional import blocks
+
+FIXTURE = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture(autouse=True, params=[1 << 21, 8], ids=["whole", "blocks"])
+def _blocks(request, monkeypatch):
+    """Everything holds however the rows are cut into blocks."""
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
 
 
 def rows(b: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -50,7 +59,7 @@ def test_batch_topk_is_the_loop(k):
     assert float(smallest) == pytest.approx(low)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=FIXTURE)
 @given(st.integers(1, 6), st.integers(1, 8), st.data())
 def test_batch_topk_counts_exactly(b, n, data):
     k = data.draw(st.integers(1, n))
@@ -82,36 +91,80 @@ def test_batch_topk_then_its_threshold_agree():
     assert torch.equal(F.above_threshold(pre, norm, smallest), z)
 
 
-def test_jumprelu_forward_and_gradients_are_the_loop():
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_signed_and_absolute_topk_are_the_loops(k):
+    pre = rows(5, 7)
+    signed, absolute = [], []
+    for row in pre.tolist():
+        largest = sorted(range(7), key=lambda i: -row[i])[:k]
+        strongest = sorted(range(7), key=lambda i: -abs(row[i]))[:k]
+        signed.append([v if i in largest else 0.0 for i, v in enumerate(row)])
+        absolute.append([v if i in strongest else 0.0 for i, v in enumerate(row)])
+    assert F.signed_topk(pre, k).tolist() == signed
+    assert F.abs_topk(pre, k).tolist() == absolute
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 12])
+def test_group_max_is_the_loop(k):
+    pre = rows(5, 12)
+    expected = []
+    for row in pre.tolist():
+        out = [0.0] * 12
+        for g in range(k):
+            run = range(g * 12 // k, (g + 1) * 12 // k)
+            best = max(run, key=lambda i: row[i])
+            out[best] = max(0.0, row[best])
+        expected.append(out)
+    assert F.group_max(pre, k).tolist() == expected
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=FIXTURE)
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))
+def test_counts_of_selections(b, k, share, seed):
+    pre = rows(b, k * share, seed)
+    assert ((F.topk(pre, k) != 0).sum(-1) <= k).all()
+    assert ((F.signed_topk(pre, k) != 0).sum(-1) == k).all()
+    assert ((F.abs_topk(pre, k) != 0).sum(-1) == k).all()
+    runs = (F.group_max(pre, k) != 0).view(b, k, share).sum(-1)
+    assert torch.equal(runs, (pre.view(b, k, share) > 0).any(-1).long())
+
+
+def test_gated_and_its_gradients_are_the_loop():
     pre = rows(6, 3).requires_grad_()
-    theta = torch.tensor([0.3, 0.5, 0.01], dtype=torch.float64, requires_grad=True)
-    width = 0.8
+    b_gate, r, b_mag = (rows(1, 3, seed=s)[0].requires_grad_() for s in (1, 2, 3))
     weight = rows(6, 3, seed=5)
-    (F.jumprelu(pre, theta, width) * weight).sum().backward()
-    d_theta = [0.0] * 3
-    code = F.jumprelu(pre, theta, width).detach()
+    code = F.gated(pre, b_gate, r, b_mag)
+    (code * weight).sum().backward()
+    d_gate, d_r, d_mag = [0.0] * 3, [0.0] * 3, [0.0] * 3
     for b in range(6):
         for i in range(3):
-            x, t, g = pre[b, i].item(), theta[i].item(), weight[b, i].item()
-            assert code[b, i].item() == (x if x > t else 0.0)
-            assert float(pre.grad[b, i]) == (g if x > t else 0.0)
-            if abs(x - t) < width / 2:
-                d_theta[i] += -(t / width) * g
-    assert theta.grad.tolist() == pytest.approx(d_theta)
+            plain = pre[b, i].item() - b_gate[i].item()
+            factor = math.exp(r[i].item())
+            magnitude = factor * plain + b_mag[i].item()
+            on = pre[b, i].item() > 0 and magnitude > 0
+            assert code[b, i].item() == pytest.approx(magnitude if on else 0.0)
+            g = weight[b, i].item() * on
+            assert float(pre.grad[b, i]) == pytest.approx(g * factor)
+            d_gate[i] -= g * factor
+            d_r[i] += g * factor * plain
+            d_mag[i] += g
+    assert b_gate.grad.tolist() == pytest.approx(d_gate)
+    assert r.grad.tolist() == pytest.approx(d_r)
+    assert b_mag.grad.tolist() == pytest.approx(d_mag)
 
 
-def test_jumprelu_threshold_gradient_is_that_of_the_smoothed_objective():
-    """E over x of the smoothed objective, differentiated, is what the straight-through form gives.
-
-    Smoothing the step by the rectangle of width ε makes f(x, θ) = x·clamp((x−θ)/ε + ½, 0, 1),
-    whose θ-derivative is −x/ε inside the window; with x ≈ θ there, −θ/ε.
-    """
-    width, theta = 1e-3, torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
-    x = torch.linspace(0.69, 0.71, 20001, dtype=torch.float64)[:, None]
-    F.jumprelu(x, theta, width).sum().backward()
-    smooth = torch.tensor([0.7], dtype=torch.float64, requires_grad=True)
-    (x * ((x - smooth) / width + 0.5).clamp(0, 1)).sum().backward()
-    assert float(theta.grad) == pytest.approx(float(smooth.grad), rel=2e-3)
+def test_short_formats_select_what_their_exact_values_would():
+    pre, norm = rows(9, 16).bfloat16(), rows(1, 16, seed=4)[0].abs().float() + 0.1
+    for select in (
+        lambda x: F.topk(x, 3),
+        lambda x: F.abs_topk(x, 3),
+        lambda x: F.group_max(x, 4),
+        lambda x: F.batch_topk(x, norm, 3)[0],
+        lambda x: F.above_threshold(x, norm, torch.tensor(0.4)),
+        lambda x: F.jumprelu(x, norm, 0.5),
+    ):
+        assert select(pre).dtype == torch.bfloat16
+        assert torch.equal(select(pre).float(), select(pre.float()))
 
 
 @pytest.mark.parametrize(
@@ -119,44 +172,21 @@ def test_jumprelu_threshold_gradient_is_that_of_the_smoothed_objective():
     [
         lambda x: F.relu(x),
         lambda x: F.topk(x, 2),
-        lambda x: F.batch_topk(x, torch.ones(5, dtype=torch.float64), 2)[0],
+        lambda x: F.signed_topk(x, 2),
+        lambda x: F.abs_topk(x, 2),
+        lambda x: F.group_max(x, 2),
+        lambda x: F.batch_topk(x, torch.ones(6, dtype=torch.float64), 2)[0],
         lambda x: F.above_threshold(
-            x, torch.ones(5, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
+            x, torch.ones(6, dtype=torch.float64), torch.tensor(0.2, dtype=torch.float64)
         ),
     ],
-    ids=["relu", "topk", "batch_topk", "above_threshold"],
+    ids=["relu", "topk", "signed", "abs", "group_max", "batch_topk", "above_threshold"],
 )
 def test_activation_gradients(function):
-    assert torch.autograd.gradcheck(function, rows(4, 5).requires_grad_())
+    assert torch.autograd.gradcheck(function, rows(4, 6).requires_grad_())
 
 
-def test_losses_are_the_loops():
-    x, y = rows(4, 6), rows(4, 6, seed=1)
-    total = sum((float(x[b, i]) - float(y[b, i])) ** 2 for b in range(4) for i in range(6))
-    assert float(F.squared_error(x, y)) == pytest.approx(total / 4)
-    means = [sum(float(x[b, i]) for b in range(4)) / 4 for i in range(6)]
-    spread = sum((float(x[b, i]) - means[i]) ** 2 for b in range(4) for i in range(6))
-    assert float(F.variance(x)) == pytest.approx(spread / 4)
-    e_means = [sum(float(x[b, i]) for b in range(4)) / 4 for i in range(6)]
-    denominator = sum((float(x[b, i]) - e_means[i]) ** 2 for b in range(4) for i in range(6))
-    assert float(F.residual_error(x, y)) == pytest.approx(total / denominator)
-
-
-def test_l1_sums_norms_over_sites():
-    z, norms = rows(3, 4).abs(), rows(4, 2, seed=2).abs()
-    total = 0.0
-    for b in range(3):
-        for latent in range(4):
-            total += float(z[b, latent]) * sum(float(norms[latent, s]) for s in range(2))
-    assert float(F.l1_of_norms(z, norms)) == pytest.approx(total / 3)
-
-
-def test_a_constant_residual_costs_nothing():
-    error = torch.ones(4, 3, dtype=torch.float64)
-    assert float(F.residual_error(error, torch.zeros_like(error))) == 0.0
-    assert not math.isnan(float(F.residual_error(error, error)))
-
-
-@pytest.mark.parametrize("loss", [F.squared_error, F.residual_error])
-def test_loss_gradients(loss):
-    assert torch.autograd.gradcheck(loss, (rows(4, 5), rows(4, 5, seed=3).requires_grad_()))
+def test_gated_gradcheck():
+    inputs = [rows(4, 5).requires_grad_()]
+    inputs += [rows(1, 5, seed=s)[0].requires_grad_() for s in (1, 2, 3)]
+    assert torch.autograd.gradcheck(F.gated, inputs)

@@ -1,6 +1,6 @@
 """From tokens to rows of activations: which positions count, their scale, their order."""
 
-from crosslens.activations.calibrate import Calibration, calibrate
+from crosslens.activations.calibrate import Calibration, Scale, calibrate
 from crosslens.activations.harvest import Chunk, Source, row_norms, site_layout
 from crosslens.activations.policy import Counts, TokenPolicy, token_mask, within_norms
 from crosslens.activations.ring import Ring
@@ -10,6 +10,7 @@ __all__ = [
     "Chunk",
     "Counts",
     "Ring",
+    "Scale",
     "Source",
     "TokenPolicy",
     "calibrate",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from crosslens.activations.policy import within_norms
 from crosslens.coder import Wiring, all_rows
 from crosslens.errors import CrosslensError
 
+Scale = Literal["root_width", "unit_square"]
+"""What the scale of a site of width d brings to a set value: its mean norm to √d (Anthropic and
+most others), or its mean squared norm to 1 (DeepMind's JumpReLU SAEs and Gemma Scope)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Norms estimated under the token policy."""
 
+    scale: Scale = "root_width"
     read_scale: tuple[float, ...]
-    """√d / mean‖x‖ of each site the coder reads: brings its mean norm to √d."""
+    """What each site the coder reads is multiplied by: √d / mean‖x‖, or 1 / √mean‖x‖²."""
     write_scale: tuple[float, ...]
     """The same of each site it writes."""
     median: tuple[float, ...]
@@ -30,7 +36,9 @@ class Calibration:
     """Rows left out of it for their norm."""
 
 
-def calibrate(source: Source, wiring: Wiring, tokens: int) -> tuple[Calibration, Tensor]:
+def calibrate(
+    source: Source, wiring: Wiring, tokens: int, scale: Scale = "root_width"
+) -> tuple[Calibration, Tensor]:
     """Norms, and the rows [R, X] they rest on: about `tokens` positions, in chunks spread evenly.
 
     The median is taken over the positions that the token policy keeps; rows beyond the policy's
@@ -49,8 +57,9 @@ def calibrate(source: Source, wiring: Wiring, tokens: int) -> tuple[Calibration,
     rows_RX = torch.cat([rows_RX for _, rows_RX in chunks])[fine_R].float()
     read_RP, write_RP = _viewed_norms(wiring, harvest_RP[fine_R], rows_RX)
     calibration = Calibration(
-        read_scale=_scale(wiring.scaled_widths(wiring.read), read_RP),
-        write_scale=_scale(wiring.scaled_widths(wiring.write), write_RP),
+        scale=scale,
+        read_scale=_scale(scale, wiring.scaled_widths(wiring.read), read_RP),
+        write_scale=_scale(scale, wiring.scaled_widths(wiring.write), write_RP),
         median=tuple(median_P.tolist()),
         tokens=len(harvest_RP),
         outliers=int((~fine_R).sum()),
@@ -58,13 +67,15 @@ def calibrate(source: Source, wiring: Wiring, tokens: int) -> tuple[Calibration,
     return calibration, rows_RX
 
 
-def _scale(widths: Sequence[int], norm_RP: Tensor) -> tuple[float, ...]:
+def _scale(scale: Scale, widths: Sequence[int], norm_RP: Tensor) -> tuple[float, ...]:
     mean_P = norm_RP.mean(0)
     if (mean_P <= 0).any():
         raise CrosslensError(
             "The two models' activations do not differ at all: they are the same weights, or the "
             "adapter does nothing. There is nothing for a difference to learn."
         )
+    if scale == "unit_square":
+        return tuple(norm_RP.square().mean(0).rsqrt().tolist())
     return tuple((torch.tensor(widths).sqrt() / mean_P).tolist())
 
 

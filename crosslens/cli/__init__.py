@@ -17,6 +17,7 @@ from crosslens.errors import CrosslensError, UsageError, suggestion
 COMMANDS = {
     "demo": ("crosslens.cli.demo", "train, judge and report a small crosscoder, offline"),
     "train": ("crosslens.cli.train", "train a coder on the activations of one or more models"),
+    "recipes": ("crosslens.cli.recipes", "list the named configurations that train takes"),
     "resume": ("crosslens.cli.resume", "go on with a training that was stopped"),
     "evaluate": ("crosslens.cli.evaluate", "judge a run on held-out tokens"),
     "report": ("crosslens.cli.report", "write a run's report.html, one self-contained file"),

@@ -17,10 +17,11 @@ from crosslens.training import TrainConfig, create_run, open_models, open_run, t
 
 CONFIG = TrainConfig(
     text=TextConfig(
+        heldout=80_000,
         corpora={
-            "code": Corpus(source="stdlib", weight=0.8),
+            "main": Corpus(source="stdlib", weight=0.8),
             "chat": Corpus(source="stdlib-chat", weight=0.2),
-        }
+        },
     )
 )
 """SmolLM2-135M-Instruct on the source of Python's standard library, as files and as chat."""

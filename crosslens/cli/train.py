@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from crosslens.activations import site_layout
-from crosslens.cli.arguments import parse_with
+from crosslens.cli.arguments import parse_with, take_option
 from crosslens.cli.console import duration, number, print_json
 from crosslens.cli.plan import dry_run
 from crosslens.cli.stages import Stages
 from crosslens.config import differences, to_yaml
+from crosslens.recipes import recipe
 from crosslens.training import (
     Run,
     TrainConfig,
@@ -22,12 +23,17 @@ from crosslens.training import (
     refuse_taken,
     train,
 )
+from crosslens.training.plan import check_sites
+from crosslens.training.run import extend_record
 
 
 @dataclass(frozen=True, kw_only=True)
 class Switches:
     """What `train` takes beside the configuration."""
 
+    recipe: str = ""
+    """Start from a named configuration (`crosslens recipes` lists them); `--config` and flags go
+    on top of it."""
     out: str = "runs/latest"
     """The run directory to make."""
     overwrite: bool = False
@@ -44,10 +50,12 @@ class Switches:
 
 def run(argv: Sequence[str]) -> int:
     """Parse, train, say what came out."""
+    named, _ = take_option(argv, "--recipe")
+    start = recipe(named[-1]) if named else TrainConfig()
     switches, config = parse_with(
         Switches(),
         argv,
-        TrainConfig(),
+        start,
         prog="crosslens train",
         description="Train a sparse coder on the activations of one model or several.",
     )
@@ -59,13 +67,18 @@ def run(argv: Sequence[str]) -> int:
             dry_run(config, stages, as_json=switches.json)
             return 0
         if not (switches.quiet or switches.json):
-            for key, value in differences(config, TrainConfig()).items():
+            if switches.recipe:
+                print(f"recipe: {switches.recipe}", file=sys.stderr)
+            for key, value in differences(config, start).items():
                 print(f"{key}: {value}", file=sys.stderr)
         folder = Path(switches.out)
         refuse_taken(folder, overwrite=switches.overwrite)
         models = open_models(config)
-        site_layout(models, config.sites)  # a misnamed site is told before anything is written
+        # What does not fit the models' sites is told before anything is written.
+        check_sites(config, site_layout(models, config.sites))
         made = create_run(folder, config, overwrite=switches.overwrite)
+        if switches.recipe:
+            extend_record(made, {"recipe": switches.recipe})
         summary = train(made, models, stages)
     tell(made, summary, as_json=switches.json)
     return 0
@@ -78,7 +91,8 @@ def tell(made: Run, summary: dict[str, Any], *, as_json: bool) -> None:
         return
     held = summary["heldout"]
     usage = summary["usage"]
-    speed = summary["steps_in_session"] * summary["rows"] / summary["steps"] / summary["seconds"]
+    rows = summary["steps_in_session"] * summary["rows"] / summary["steps"]
+    speed = rows / max(summary["seconds"], 0.1)  # a run that only had to be saved takes no time
     print(
         f"✓ {made.folder}   {duration(summary['seconds'])} · {number(summary['rows'])} rows "
         f"of {number(usage['tokens'])} distinct tokens, each used {usage['least']}–"

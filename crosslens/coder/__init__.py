@@ -1,12 +1,36 @@
 """The sparse coder: its wiring, its activation, its weights, its files."""
 
-from crosslens.coder.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from crosslens.coder.activations import (
+    AbsTopK,
+    Activation,
+    BatchTopK,
+    Gated,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+)
 from crosslens.coder.artifact import Description, load, load_description, save
+from crosslens.coder.biases import (
+    Bias,
+    center_at_median,
+    center_biases,
+    geometric_median,
+    set_firing_rate,
+)
 from crosslens.coder.coder import Coder, Pass
 from crosslens.coder.folding import fold, unfold
-from crosslens.coder.initialise import center_biases, transpose_init
+from crosslens.coder.initialise import (
+    DataPoint,
+    InitConfig,
+    Transpose,
+    Uniform,
+    share_start,
+    transpose_init,
+    zero_decoders,
+)
 from crosslens.coder.layout import Group, Layout, View, Wiring
-from crosslens.coder.rows import Rows, all_rows, replacements, training_rows
+from crosslens.coder.rows import Rows, all_rows, replacements, side_by_side, training_rows
 from crosslens.coder.wirings import (
     Causal,
     Crosscoder,
@@ -20,17 +44,23 @@ from crosslens.coder.wirings import (
 )
 
 __all__ = [
+    "AbsTopK",
     "Activation",
     "BatchTopK",
+    "Bias",
     "Causal",
     "Coder",
     "CrossLayer",
     "Crosscoder",
+    "DataPoint",
     "Dedicated",
     "Description",
     "DesignatedShared",
     "Difference",
+    "Gated",
     "Group",
+    "GroupMax",
+    "InitConfig",
     "JumpReLU",
     "LayerConditioned",
     "Layout",
@@ -39,17 +69,25 @@ __all__ = [
     "Rows",
     "TopK",
     "Transcoder",
+    "Transpose",
+    "Uniform",
     "View",
     "Wiring",
     "WiringConfig",
     "all_rows",
+    "center_at_median",
     "center_biases",
     "fold",
+    "geometric_median",
     "load",
     "load_description",
     "replacements",
     "save",
+    "set_firing_rate",
+    "share_start",
+    "side_by_side",
     "training_rows",
     "transpose_init",
     "unfold",
+    "zero_decoders",
 ]

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crosslens.coder.activations import (
+    KEPT,
     Activation,
     activation_parameters,
     check_calibrated,
@@ -52,6 +53,9 @@ class Coder(nn.Module):
     """
 
     threshold: Tensor | None
+    log_threshold: Tensor | None
+    r_mag: Tensor | None
+    b_mag: Tensor | None
     scale_read: Tensor
     scale_write: Tensor
     site_code: Tensor | None
@@ -94,13 +98,11 @@ class Coder(nn.Module):
         self.W_skip = nn.ParameterDict(skips)
         self.b_enc = nn.Parameter(torch.zeros(wiring.n_latents))
         self.b_dec = nn.Parameter(torch.zeros(wiring.write.width))
-        self.register_buffer("threshold", None)
-        for name, (value, learnt) in activation_parameters(
-            self.activation, wiring.n_latents
-        ).items():
+        kept = activation_parameters(self.activation, wiring.n_latents)
+        for name in KEPT:
+            value, learnt = kept.get(name, (None, False))
             if learnt:
-                if name in self._buffers:
-                    del self._buffers[name]
+                assert value is not None
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
@@ -181,19 +183,30 @@ class Coder(nn.Module):
 
         With `latents_L` (ascending numbers), the columns of `z_BL` are those latents only.
         """
-        z_BL = z_BL.to(self._product_dtype)
-        parts = []
-        for group, span, W_LY in zip(
-            self.wiring.groups, self.wiring.slices, self.W_dec, strict=True
-        ):
-            if latents_L is None:
-                mine_BL = z_BL[:, span]
-            else:
+        groups = enumerate(zip(self.wiring.groups, self.wiring.slices, self.W_dec, strict=True))
+        if latents_L is None:
+            parts = [self.decode_run(z_BL[:, span], i) for i, (_, span, _) in groups]
+        else:
+            z_BL = z_BL.to(self._product_dtype)
+            parts = []
+            for _, (group, span, W_LY) in groups:
                 inside = (latents_L >= span.start) & (latents_L < span.stop)
-                mine_BL, W_LY = z_BL[:, inside], W_LY[latents_L[inside] - span.start]
-            part_BY = mine_BL @ W_LY.to(self._product_dtype)
-            parts.append(self._placed(part_BY.repeat(1, group.copies), group.writes))
+                mine_BL, W_LY = padded(z_BL[:, inside], W_LY, latents_L[inside] - span.start)
+                part_BY = mine_BL @ W_LY.to(self._product_dtype)
+                parts.append(self._placed(part_BY.repeat(1, group.copies), group.writes))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def decode_run(
+        self, z_BL: Float[Tensor, "b l"], group: int, start: int = 0, *, frozen: bool = False
+    ) -> Float[Tensor, "b y"]:
+        """W_decᵀ z, scaled, of consecutive latents of one group, from its `start`-th on: as many as
+        `z_BL` has columns. No gradient reaches a `frozen` decoder."""
+        spec = self.wiring.groups[group]
+        W_LY = self.W_dec[group][start : start + z_BL.shape[-1]]
+        if frozen:
+            W_LY = W_LY.detach()
+        part_BY = z_BL.to(self._product_dtype) @ W_LY.to(self._product_dtype)
+        return self._placed(part_BY.repeat(1, spec.copies), spec.writes)
 
     def decoder_norms(self) -> Float[Tensor, "l p"]:
         """‖W_dec[l, s]‖ per latent and site written, in scaled units (folded or not)."""
@@ -263,6 +276,17 @@ class Coder(nn.Module):
             return part_BY
         blank_BY = part_BY.new_zeros(part_BY.shape[0], write.width)
         return blank_BY.index_copy(-1, write.columns(sites).to(part_BY.device), part_BY)
+
+
+def padded(z_BL: Tensor, W_LY: Tensor, rows_L: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors of z·W[rows], with zeros added up to the next power of two of rows.
+
+    The number of dead latents changes from step to step, and a CPU's matrix library keeps some
+    memory for each shape that it meets: without this, gigabytes in a few hundred steps.
+    """
+    n = len(rows_L)
+    extra = (1 << (n - 1).bit_length()) - n if n else 0
+    return nn.functional.pad(z_BL, (0, extra)), W_LY[nn.functional.pad(rows_L, (0, extra))]
 
 
 def sinusoids(n: int, width: int) -> Tensor:

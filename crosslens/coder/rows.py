@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,11 @@ class Rows:
     y_BY: Tensor
     site_B: Tensor | None = None
     """Which harvested site each row is of, where the view is per site."""
+
+
+def side_by_side(sites: Iterable[Tensor]) -> Tensor:
+    """Activations [..., D] of one site after another → rows [all positions, all columns]."""
+    return torch.cat([site.flatten(0, -2) for site in sites], -1)
 
 
 def all_rows(wiring: Wiring, rows_BX: Tensor) -> Rows:

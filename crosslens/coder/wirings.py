@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from sys import maxsize
 from typing import Literal
 
 from crosslens.coder.layout import Group, Layout, Wiring
@@ -32,6 +33,12 @@ class Transcoder:
 
     def __call__(self, layout: Layout, n_latents: int) -> Wiring:
         reads, writes = _inputs_and_outputs(layout)
+        last, first = max(reads, key=_depth), min(writes, key=_depth)
+        if _depth(last) > _depth(first):
+            raise UsageError(
+                f"A transcoder may not write {first} from {last}, which comes after it. Leave one "
+                "out, or take the cross-layer wiring, which has latents of its own per layer."
+            )
         group = Group(n_latents, reads, writes, skip=self.skip)
         return Wiring(layout, layout.pick(reads), layout.pick(writes), (group,))
 
@@ -55,7 +62,9 @@ class CrossLayer:
         for layer, n in zip(layers, _shares(n_latents, len(layers)), strict=True):
             mine = tuple(s for s in reads if _layer(s) == layer)
             last = max(map(_layer, writes)) if self.writes == "later" else layer
-            reached = tuple(s for s in writes if layer <= _layer(s) <= last)
+            # By depth, not by layer: mlp_in comes after attn_out of the same layer.
+            start = max(map(_depth, mine))
+            reached = tuple(s for s in writes if _depth(s) >= start and _layer(s) <= last)
             if not reached:
                 raise UsageError(
                     f"{', '.join(mine)} is read, but no output of layer {layer}"
@@ -68,13 +77,13 @@ class CrossLayer:
 @dataclass(frozen=True, kw_only=True)
 class Causal:
     """One group per layer reads that layer's site and writes no earlier one (Anthropic, October
-    2024): `weak` writes the sites from that layer on; `strict` reads the residual stream at a
-    layer and writes MLP outputs from there on."""
+    2024): weakly causal ones write the sites from that layer on."""
 
-    kind: Literal["weak", "strict"] = "weak"
+    strict: bool = False
+    """Read the residual stream at a layer, and write the MLP outputs from there on."""
 
     def __call__(self, layout: Layout, n_latents: int) -> Wiring:
-        if self.kind == "strict":
+        if self.strict:
             reads = tuple(s for s in layout.sites if _kind(s).startswith("resid"))
             writes = tuple(s for s in layout.sites if _kind(s) == "mlp_out")
             if not reads or not writes:
@@ -224,7 +233,10 @@ def _layer(site: str) -> int:
 
 
 def _depth(site: str) -> tuple[int, int]:
-    return _layer(site), _DEPTHS.index(_kind(site))
+    """Order of computation; sites of no layer come before (`embed`) or after all of them."""
+    kind = _kind(site)
+    outside = {"embed": -1, "final": maxsize, "logits": maxsize}
+    return outside[kind] if kind in outside else _layer(site), _DEPTHS.index(kind)
 
 
 def _inputs_and_outputs(layout: Layout) -> tuple[tuple[str, ...], tuple[str, ...]]:

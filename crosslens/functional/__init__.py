@@ -2,26 +2,52 @@
 
 from crosslens.functional.activations import (
     above_threshold,
+    abs_topk,
     batch_topk,
-    jumprelu,
+    gated,
+    group_max,
     relu,
+    signed_topk,
     topk,
 )
-from crosslens.functional.losses import (
+from crosslens.functional.blocks import fires, split_rows, sum_rows, upcast
+from crosslens.functional.jumprelu import count_active, jumprelu, jumprelu_log
+from crosslens.functional.losses import nested_error, share_of_residual, squared_error, variance
+from crosslens.functional.penalties import (
     l1_of_norms,
-    residual_error,
-    squared_error,
-    variance,
+    power_of_norms,
+    preactivation_gap,
+    quadratic_frequency,
+    rectified_l1,
+    tanh_frequency,
+    tanh_of_norms,
 )
 
 __all__ = [
     "above_threshold",
+    "abs_topk",
     "batch_topk",
+    "count_active",
+    "fires",
+    "gated",
+    "group_max",
     "jumprelu",
+    "jumprelu_log",
     "l1_of_norms",
+    "nested_error",
+    "power_of_norms",
+    "preactivation_gap",
+    "quadratic_frequency",
+    "rectified_l1",
     "relu",
-    "residual_error",
+    "share_of_residual",
+    "signed_topk",
+    "split_rows",
     "squared_error",
+    "sum_rows",
+    "tanh_frequency",
+    "tanh_of_norms",
     "topk",
+    "upcast",
     "variance",
 ]

@@ -7,13 +7,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from crosslens.coder import Coder
 from crosslens.coder.artifact import coder_tensors, restore_tensors
 from crosslens.errors import CrosslensError
 from crosslens.storage import load_json, load_tensors, replace_folder, save_json, save_tensors
+from crosslens.training.optimizers import Optimizer
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one before it should that be damaged."""
@@ -24,7 +24,7 @@ class TrainState:
     """What changes while training."""
 
     coder: Coder
-    optimizer: torch.optim.Adam
+    optimizer: Optimizer
     idle_L: Tensor
     """Rows since each latent last fired, int64."""
     step: int = 0
@@ -37,7 +37,7 @@ def save_checkpoint(folder: Path, state: TrainState, stream: dict[str, Tensor]) 
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".step-"))
     try:
         save_tensors(temporary / "coder.safetensors", coder_tensors(state.coder))
-        save_tensors(temporary / "optimizer.safetensors", _moments(state.optimizer))
+        save_tensors(temporary / "optimizer.safetensors", state.optimizer.tensors())
         save_tensors(temporary / "stream.safetensors", {**stream, "idle": state.idle_L})
         save_json(temporary / "state.json", {"step": state.step})
         replace_folder(temporary, final)
@@ -60,7 +60,8 @@ def restore_checkpoint(folder: Path, state: TrainState) -> dict[str, Tensor]:
     restore_tensors(
         state.coder, load_tensors(folder / "coder.safetensors"), str(folder / "coder.safetensors")
     )
-    _restore_moments(state.optimizer, load_tensors(folder / "optimizer.safetensors"), folder)
+    moments = folder / "optimizer.safetensors"
+    state.optimizer.restore(load_tensors(moments), str(moments))
     stream = load_tensors(folder / "stream.safetensors")
     if "idle" not in stream or stream["idle"].shape != state.idle_L.shape:
         raise CrosslensError(f"{folder / 'stream.safetensors'} does not fit this run's coder.")
@@ -86,25 +87,3 @@ def restore_newest(folder: Path, state: TrainState) -> tuple[dict[str, Tensor] |
     if found:
         raise CrosslensError(f"Every checkpoint in {folder} is damaged. {complaints[0]}")
     return None, complaints
-
-
-def _moments(optimizer: torch.optim.Adam) -> dict[str, Tensor]:
-    return {
-        f"{index}.{name}": value
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-
-
-def _restore_moments(optimizer: torch.optim.Adam, saved: dict[str, Tensor], folder: Path) -> None:
-    plain = optimizer.state_dict()
-    shapes = {i: p.shape for i, p in enumerate(optimizer.param_groups[0]["params"])}
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in saved.items():
-        index, _, name = key.partition(".")
-        if int(index) not in shapes or (name != "step" and value.shape != shapes[int(index)]):
-            raise CrosslensError(
-                f"{folder / 'optimizer.safetensors'} does not fit this run's coder."
-            )
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({**plain, "state": state})

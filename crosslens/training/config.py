@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
 
-from crosslens.activations import TokenPolicy
-from crosslens.coder import Activation, BatchTopK, Crosscoder, WiringConfig
+from crosslens.activations import Scale, TokenPolicy
+from crosslens.coder import (
+    Activation,
+    BatchTopK,
+    Bias,
+    Crosscoder,
+    InitConfig,
+    JumpReLU,
+    ReLU,
+    Transpose,
+    WiringConfig,
+)
 from crosslens.coder.activations import check_fits
+from crosslens.config import kind_of
 from crosslens.device import resolve_dtype
 from crosslens.errors import UsageError
 from crosslens.lm import ModelSpec
 from crosslens.text import TextConfig
 from crosslens.training.objective import Objective
+from crosslens.training.optimizers import Adam, OptimizerConfig, SignSGD
+from crosslens.training.schedule import check_fits_run, length_in_steps, share_of_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,44 +33,47 @@ class CoderConfig:
 
     latents: int = 4096
     activation: Activation = BatchTopK()
-    decoder_norm: float = 0.1
-    """Initial norm of each latent's decoder at each site."""
-    bias: Literal["mean", "zero"] = "mean"
-    """Start with the data's mean in the decoder bias and taken out of the encoder's, or at 0."""
+    init: InitConfig = Transpose(decoder_norm=0.4)
+    """How encoder and decoder directions are drawn."""
+    bias: Bias = "mean"
+    """Start with the data's mean (or geometric median) in the decoder bias and taken out of the
+    encoder's, or at 0."""
+    scale: Scale = "root_width"
+    """What sites are scaled to: a mean norm of √d, or a mean squared norm of 1 (`unit_square`, as
+    DeepMind's thresholds and penalties are stated)."""
     center: bool = False
     """Subtract the decoder bias from the input before encoding."""
+    firing_rate: float | None = None
+    """Start with encoder biases such that each latent fires on this share of a sample of rows."""
+    shared_start: float = 0.0
+    """Share of the latents that start with the same weights for both models."""
+    zero_decoder: bool = False
+    """Start with no latent writing anything: a skip does all there is, and latents add to it."""
+    unit_norm: bool = False
+    """Hold each latent's decoder, over all sites, at norm 1."""
 
     def __post_init__(self) -> None:
         if self.latents < 1:
             raise UsageError(f"coder.latents must be at least 1, found {self.latents}.")
-        if self.decoder_norm <= 0:
-            raise UsageError(f"coder.decoder_norm must be positive, found {self.decoder_norm}.")
         check_fits(self.activation, self.latents)
+        self._check_start()
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Adam with warm-up, a flat stretch, and linear decay to 0."""
-
-    lr: float = 8e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 6.25e-10
-    """As in Gao et al. 2024: rare latents have gradients far below Adam's usual 1e-8."""
-    warmup: int = 20
-    """Steps of linear warm-up."""
-    decay: float = 0.2
-    """Share of the run, at its end, over which the rate falls linearly to 0."""
-    clip: float = 1.0
-    """Gradients beyond this norm are scaled down to it."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0 or self.eps <= 0:
-            raise UsageError("optimizer.lr, clip and eps must be positive.")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise UsageError("optimizer.beta1 and beta2 must be in [0, 1).")
-        if self.warmup < 0 or not 0 <= self.decay <= 1:
-            raise UsageError("optimizer.warmup must be ≥ 0 and decay a share in [0, 1].")
+    def _check_start(self) -> None:
+        if self.firing_rate is not None:
+            if not 0 < self.firing_rate < 1:
+                raise UsageError(f"coder.firing_rate is in (0, 1), found {self.firing_rate}.")
+            if not isinstance(self.activation, ReLU | JumpReLU):
+                raise UsageError(
+                    "coder.firing_rate needs coder.activation relu or jumprelu: with "
+                    f"{kind_of(type(self.activation))} it is k that says how many latents fire."
+                )
+        if not 0 <= self.shared_start <= 1:
+            raise UsageError(f"coder.shared_start is a share in [0, 1], found {self.shared_start}.")
+        if self.zero_decoder and (self.unit_norm or isinstance(self.activation, BatchTopK)):
+            raise UsageError(
+                "coder.zero_decoder cannot go with coder.unit_norm, nor with a BatchTopK, which "
+                "ranks latents by their decoder's norm: none would ever fire."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +86,7 @@ class FitConfig:
     dtype: str = "bfloat16"
     """Format of the large products; the weights themselves are float32."""
     device: str = "auto"
-    dead_after: int = 200_000
+    dead_after: int = 60_000
     """A latent that has not fired for so many rows is dead."""
     buffer_gb: float = 2.5
     """Memory for shuffling activations. Text that fits is harvested once."""
@@ -84,6 +99,8 @@ class FitConfig:
     """Steps between measurements on held-out rows."""
     heldout_rows: int = 4096
     checkpoint_every: int = 100
+    resample_every: int = 0
+    """Steps between fresh starts of dead latents on rows that are badly reconstructed; 0: never."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -97,6 +114,10 @@ class FitConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"fit.{name} must be at least 1, found {getattr(self, name)}.")
         resolve_dtype(self.dtype)
+        if self.resample_every < 0:
+            raise UsageError(
+                f"fit.resample_every is a number of steps, or 0, found {self.resample_every}."
+            )
         if self.buffer_gb <= 0:
             raise UsageError(f"fit.buffer_gb must be positive, found {self.buffer_gb}.")
 
@@ -120,7 +141,7 @@ class TrainConfig:
     policy: TokenPolicy = TokenPolicy()
     coder: CoderConfig = CoderConfig()
     objective: Objective = Objective()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = Adam()
     fit: FitConfig = FitConfig()
     seed: int = 0
 
@@ -129,8 +150,40 @@ class TrainConfig:
             raise UsageError("Name at least one model: --models.base.path PATH.")
         if not self.sites:
             raise UsageError("Name at least one site: --sites 'resid_post.*'.")
-        if self.optimizer.warmup > self.fit.steps:
+        self.objective.check(self.coder.activation, self.wiring)
+        self._check_schedules()
+        if self.coder.unit_norm and isinstance(self.optimizer, SignSGD):
             raise UsageError(
-                f"optimizer.warmup ({self.optimizer.warmup}) is longer than the run "
-                f"({self.fit.steps} steps)."
+                "coder.unit_norm cannot go with optimizer signsgd, which averages weights: use "
+                "--optimizer adam or muon."
             )
+        if self.coder.shared_start and len(self.models) != 2:
+            raise UsageError(
+                f"coder.shared_start is for two models; there are {len(self.models)}: "
+                f"{', '.join(self.models)}."
+            )
+
+    def _check_schedules(self) -> None:
+        steps, batch = self.fit.steps, self.fit.batch
+        warmup = length_in_steps(self.optimizer.warmup, batch, "optimizer.warmup")
+        check_fits_run(warmup, steps, "optimizer.warmup", self.optimizer.warmup)
+        share_of_run(self.optimizer.decay, steps, batch, "optimizer.decay")
+        if self.fit.resample_every:
+            every = self.fit.resample_every
+            check_fits_run(every, steps, "fit.resample_every", every)
+        self.objective_in_shares()
+
+    def objective_in_shares(self) -> Objective:
+        """The objective with every ramp told as a share of this run.
+
+        Raises:
+            UsageError: a ramp is longer than the run.
+        """
+        changed = {}
+        for part in fields(self.objective):
+            term = getattr(self.objective, part.name)
+            if isinstance(term.ramp, str):
+                name = f"objective.{part.name}.ramp"
+                share = share_of_run(term.ramp, self.fit.steps, self.fit.batch, name)
+                changed[part.name] = replace(term, ramp=share)
+        return replace(self.objective, **changed)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from crosslens.coder import Coder, Pass, training_rows
+from crosslens.coder import Coder, JumpReLU, Pass, training_rows
 from crosslens.errors import Diverged, Interrupted
 from crosslens.training.checkpoint import TrainState
-from crosslens.training.config import OptimizerConfig, TrainConfig
-from crosslens.training.schedule import warmup_then_decay
+from crosslens.training.config import TrainConfig
+from crosslens.training.optimizers import new_optimizer
+from crosslens.training.schedule import length_in_steps, share_of_run, warmup_then_decay
+from crosslens.training.upkeep import (
+    as_saved,
+    project_decoder_gradient,
+    renormalise_decoder,
+    resample,
+)
+
+__all__ = ["Hooks", "Metrics", "StopRequest", "Stream", "fit", "graceful_stop", "new_optimizer"]
 
 Metrics = dict[str, Any]
 
@@ -79,17 +89,6 @@ def graceful_stop() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
 
-def new_optimizer(coder: Coder, config: OptimizerConfig) -> torch.optim.Adam:
-    """Adam over all weights of the coder, in one fused pass."""
-    return torch.optim.Adam(
-        coder.parameters(),
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
-
-
 def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) -> None:
     """Train from `state.step` to `config.fit.steps`, in place.
 
@@ -98,22 +97,25 @@ def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) ->
         Interrupted: Ctrl-C; a checkpoint was saved.
     """
     plan = config.fit
+    config = replace(config, objective=config.objective_in_shares())
     bad_step = torch.full((), -1, device=state.idle_L.device)
     with graceful_stop() as stop:
         while state.step < plan.steps:
             x_BX = _next_rows(state, stream, hooks, stop).to(state.idle_L.device)
-            lr = _set_rate(config, state)
-            shown, parts, loss, grad = _step(config, state, x_BX)
-            bad_step = torch.where((bad_step < 0) & ~loss.isfinite(), state.step, bad_step)
+            last = _step(config, state, x_BX)
+            bad_step = torch.where((bad_step < 0) & ~last.loss.isfinite(), state.step, bad_step)
             state.step += 1
             at_end = state.step == plan.steps
             stopping = stop.asked  # once: a request that comes later waits for the next step
             saving = state.step % plan.checkpoint_every == 0 or at_end or stopping
             if state.step % plan.log_every == 0 or saving:
                 _refuse_divergence(bad_step)
-                hooks.log(_measured(config, state, shown, parts, loss, grad) | {"lr": lr})
+                hooks.log(_measured(config, state, last))
             if state.step % plan.heldout_every == 0 or at_end:
-                hooks.log({"step": state.step, "heldout": hooks.heldout(state.coder)})
+                with as_saved(state, config.coder.unit_norm) as coder:
+                    hooks.log({"step": state.step, "heldout": hooks.heldout(coder)})
+            if last.resampled:
+                hooks.log({"step": state.step, "resampled": last.resampled})
             if saving:
                 hooks.save(state)
             if stopping and not at_end:
@@ -131,17 +133,28 @@ def _next_rows(state: TrainState, stream: Stream, hooks: Hooks, stop: StopReques
         raise Interrupted(f"Stopped after step {state.step}; everything is saved.") from None
 
 
-def _set_rate(config: TrainConfig, state: TrainState) -> float:
-    optimizer = config.optimizer
-    factor = warmup_then_decay(state.step, config.fit.steps, optimizer.warmup, optimizer.decay)
-    for group in state.optimizer.param_groups:
-        group["lr"] = optimizer.lr * factor
-    return optimizer.lr * factor
+def _rate(config: TrainConfig, step: int) -> float:
+    """The factor of the learning rate at 0-based `step`."""
+    optimizer, plan = config.optimizer, config.fit
+    warmup = length_in_steps(optimizer.warmup, plan.batch, "optimizer.warmup")
+    decay = share_of_run(optimizer.decay, plan.steps, plan.batch, "optimizer.decay")
+    return warmup_then_decay(step, plan.steps, warmup, decay, optimizer.rise)
 
 
-def _step(
-    config: TrainConfig, state: TrainState, x_BX: Tensor
-) -> tuple[Pass, dict[str, Tensor], Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Step:
+    """What one step leaves to be told."""
+
+    shown: Pass
+    parts: dict[str, Tensor]
+    loss: Tensor
+    grad: Tensor
+    """Norm of the gradient before clipping."""
+    lr: float
+    resampled: int
+
+
+def _step(config: TrainConfig, state: TrainState, x_BX: Tensor) -> _Step:
     coder = state.coder.train()
     dead_L = state.idle_L >= config.fit.dead_after
     # From seed and step alone, so that going on after a stop draws the same.
@@ -150,38 +163,49 @@ def _step(
     shown = coder.train_pass(rows, dead_L, state.step / config.fit.steps)
     loss, parts = config.objective(shown)
     loss.backward()  # type: ignore[no-untyped-call]
-    grad = torch.nn.utils.clip_grad_norm_(coder.parameters(), config.optimizer.clip)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    if config.coder.unit_norm:  # in this order (Gao et al. 2024): the step may leave norm 1 again
+        renormalise_decoder(coder)
+        project_decoder_gradient(coder)
+    clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
+    grad = torch.nn.utils.clip_grad_norm_(coder.parameters(), clip)
+    factor = _rate(config, state.step)
+    state.optimizer.step(factor)
     fired_L = (shown.z_BL != 0).any(0)
     state.idle_L.add_(len(shown.z_BL)).masked_fill_(fired_L, 0)
-    return shown, parts, loss.detach(), grad
+    resampled = 0
+    if _resamples(config, state.step + 1):
+        dead_L = state.idle_L >= config.fit.dead_after
+        resampled = resample(state, rows, shown, dead_L, generator)
+    lr = config.optimizer.lr * factor
+    return _Step(shown, parts, loss.detach(), grad, lr, resampled)
+
+
+def _resamples(config: TrainConfig, done: int) -> bool:
+    """Whether dead latents start afresh after so many steps; never at the very end."""
+    every = config.fit.resample_every
+    return every > 0 and done % every == 0 and done < config.fit.steps
 
 
 @torch.no_grad()
-def _measured(
-    config: TrainConfig,
-    state: TrainState,
-    shown: Pass,
-    parts: Mapping[str, Tensor],
-    loss: Tensor,
-    grad: Tensor,
-) -> Metrics:
+def _measured(config: TrainConfig, state: TrainState, last: _Step) -> Metrics:
+    shown, coder = last.shown, state.coder
     error = (shown.target_BY - shown.recon_BY).square().sum()
     spread = (shown.target_BY - shown.target_BY.mean(0)).square().sum()
     values = {
-        "loss": loss,
-        **parts,
+        "loss": last.loss,
+        **last.parts,
         "fvu": error / spread,
         "l0": (shown.z_BL != 0).sum(-1).float().mean(),
         "dead": (state.idle_L >= config.fit.dead_after).float().mean(),
-        "grad_norm": grad,
+        "grad_norm": last.grad,
     }
-    if state.coder.threshold is not None:
-        values["threshold"] = state.coder.threshold.mean()
+    if isinstance(coder.activation, JumpReLU):
+        values["threshold"] = coder.activation.thresholds(coder).mean()
+    elif coder.threshold is not None:
+        values["threshold"] = coder.threshold
     read = torch.stack([v.float() for v in values.values()]).tolist()
-    rows = state.step * config.fit.batch
-    return {"step": state.step, "rows": rows} | dict(zip(values, read, strict=True))
+    told = {"step": state.step, "rows": state.step * config.fit.batch}
+    return told | dict(zip(values, read, strict=True)) | {"lr": last.lr}
 
 
 def _refuse_divergence(bad_step: Tensor) -> None:

@@ -14,12 +14,11 @@ from crosslens.device import resolve_device, resolve_dtype
 from crosslens.training.checkpoint import KEPT, TrainState
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, fit, new_optimizer
+from crosslens.training.optimizers import moments_kept, unscheduled
 from crosslens.training.train import Models
 
-ADAM_BYTES = 16
-"""Per parameter in memory: weight, gradient, two moments, float32 each."""
-SAVED_BYTES = 12
-"""Per parameter in a checkpoint: weight and two moments."""
+FLOAT = 4
+"""Bytes of a weight, of its gradient, and of each moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,17 +50,30 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
     rate = _harvest_rate(config, models, layout)
     step = _step_seconds(config, layout, probe_steps)
     positions = config.text.tokens + config.text.heldout
+    kept = moments_kept(config.optimizer)
     return Plan(
         sites=dict(zip(layout.sites, layout.widths, strict=True)),
         parameters=parameters,
         epochs=epochs,
-        memory_coder=ADAM_BYTES * parameters + _working_bytes(config, layout, parameters),
+        memory_coder=FLOAT * (2 + kept) * parameters + _working_bytes(config, layout, parameters),
         memory_buffer=2 * layout.width * min(capacity, config.text.tokens),
-        disk=(4 + SAVED_BYTES * (KEPT + 1)) * parameters + 8 * positions,
+        disk=FLOAT * (1 + (1 + kept) * (KEPT + 1)) * parameters + 8 * positions,
         harvest_tokens_per_s=rate,
         seconds_per_step=step,
         seconds=harvested / rate + config.fit.steps * step,
     )
+
+
+def check_sites(config: TrainConfig, layout: Layout) -> None:
+    """Refuse a coder that cannot be made of the models' sites, or terms that it does not fit;
+    needs no memory.
+
+    Raises:
+        UsageError: what is wrong with them.
+    """
+    with torch.device("meta"):
+        coder = _coder(config, layout)
+    config.objective.check_wiring(coder.wiring)
 
 
 def _coder(config: TrainConfig, layout: Layout) -> Coder:
@@ -111,12 +123,19 @@ def _step_seconds(config: TrainConfig, layout: Layout, steps: int) -> float:
     """Seconds of one step, from `steps` of them after one to warm up."""
     device = resolve_device(config.fit.device)
     coder = _coder(config, layout)
-    transpose_init(coder, config.coder.decoder_norm, torch.Generator().manual_seed(0))
+    transpose_init(coder, 0.1, torch.Generator().manual_seed(0))  # the start costs no step more
     coder.to(device)
     coder.compute_dtype = resolve_dtype(config.fit.dtype)
     idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
-    short = replace(config.fit, steps=steps + 2, log_every=steps + 2, checkpoint_every=steps + 2)
-    probe = replace(config, fit=short, optimizer=replace(config.optimizer, warmup=0))
+    last = steps + 2
+    probe = replace(
+        config,
+        fit=replace(
+            config.fit, steps=last, log_every=last, checkpoint_every=last, resample_every=0
+        ),
+        optimizer=unscheduled(config.optimizer),
+        objective=config.objective_in_shares(),
+    )
     noise = _Noise(config.fit.batch, layout)
     state = TrainState(coder, new_optimizer(coder, probe.optimizer), idle_L)
     fit(probe, state, noise, Hooks(lambda _: None, lambda _: None, lambda _: {}))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from crosslens.activations import Calibration, Counts, Ring, Source, calibrate, site_layout
-from crosslens.coder import Coder, center_biases, save, transpose_init
+from crosslens.coder import Coder, save
 from crosslens.config import from_plain
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError, UsageError
@@ -23,6 +23,8 @@ from crosslens.training.checkpoint import TrainState, checkpoints, restore_newes
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, Metrics, fit, new_optimizer
 from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
+from crosslens.training.start import draw_weights, set_biases
+from crosslens.training.upkeep import as_saved
 
 Models = Mapping[str, LanguageModel]
 Report = Callable[[str, int, int, Mapping[str, float]], None]
@@ -50,7 +52,8 @@ def train(run: Run, models: Models, report: Report = silent) -> dict[str, Any]:
     first_step = training.state.step
     fit(config, training.state, _Batches(training, report), _hooks(run, config, training, report))
     summary = _summary(run, config, training, time.monotonic() - started, first_step)
-    save(training.state.coder.eval(), run.coder_path, _provenance(run, config, models, summary))
+    with as_saved(training.state, config.coder.unit_norm) as coder:
+        save(coder.eval(), run.coder_path, _provenance(run, config, models, summary))
     save_json(run.folder / "summary.json", summary)
     return summary
 
@@ -102,6 +105,7 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
     train_blocks, heldout_blocks = _blocks(run, config, models, report)
     source = _source(config, models, train_blocks)
     _check_buffer(config, source)
+    config.objective.check_wiring(config.wiring(source.layout, config.coder.latents))
     calibration, sample_RX = _calibration(run, config, source, models, report)
     source = replace(source, median_P=torch.tensor(calibration.median))
     device = resolve_device(config.fit.device)
@@ -155,7 +159,9 @@ def _calibration(
         return known, None
     report("calibrate", 0, 0, {})
     wiring = config.wiring(source.layout, config.coder.latents)
-    calibration, sample_RX = calibrate(source, wiring, config.fit.calibration_tokens)
+    calibration, sample_RX = calibrate(
+        source, wiring, config.fit.calibration_tokens, config.coder.scale
+    )
     facts = {
         "sites": dict(zip(source.layout.sites, source.layout.widths, strict=True)),
         "models": {name: model.identity() for name, model in models.items()},
@@ -180,18 +186,13 @@ def _new_state(
     coder.scale_read.copy_(torch.tensor(calibration.read_scale))
     coder.scale_write.copy_(torch.tensor(calibration.write_scale))
     if sample_RX is not None:
-        _initialise(coder, config, sample_RX)
+        draw_weights(coder, config, sample_RX)
     coder.to(device)
+    if sample_RX is not None:
+        set_biases(coder, config, sample_RX.to(device))
     coder.compute_dtype = resolve_dtype(config.fit.dtype)
     idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
-
-
-def _initialise(coder: Coder, config: TrainConfig, sample_RX: Tensor) -> None:
-    generator = torch.Generator().manual_seed(config.seed)
-    transpose_init(coder, config.coder.decoder_norm, generator)
-    if config.coder.bias == "mean":
-        center_biases(coder, sample_RX.mean(0))
 
 
 def _heldout_rows(source: Source, wanted: int, device: torch.device) -> Tensor:
@@ -210,7 +211,7 @@ def _hooks(run: Run, config: TrainConfig, training: _Training, report: Report) -
         append_metrics(run, metrics)
         if "heldout" in metrics:
             shown["held-out fvu"] = metrics["heldout"]["fvu"]
-        else:
+        elif "loss" in metrics:
             shown.update({key: metrics[key] for key in ("fvu", "l0", "dead")})
         report("train", metrics["step"], config.fit.steps, shown)
 

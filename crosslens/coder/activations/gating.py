@@ -1,0 +1,90 @@
+"""Activations with a threshold or a gate of each latent's own. Each is its own configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from crosslens import functional as F
+from crosslens.coder.activations.state import State
+from crosslens.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLU:
+    """f = max(pre, 0); sparsity must come from the objective."""
+
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
+        return F.relu(pre_BL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLU:
+    """x·1[x > θ] with a learnt threshold per latent, in float32.
+
+    The published recipes differ in three numbers that belong together; `deepmind()`,
+    `anthropic()` and `anthropic_clt()` give them.
+    """
+
+    form: Literal["deepmind", "anthropic"] = "deepmind"
+    """`deepmind` learns θ itself, with gradient −θ/ε in the window; `anthropic` learns t = log θ,
+    with gradient −e^t/ε as printed (a chain rule would have another factor e^t)."""
+    initial_threshold: float = 0.001
+    """θ at the start, in either form."""
+    bandwidth: float = 0.001
+    """Width ε of the straight-through window around θ."""
+    input_gradient: bool = False
+    """Also pass +θ/ε in the window to the pre-activation: beyond the published equations."""
+
+    def __post_init__(self) -> None:
+        if self.initial_threshold <= 0 or self.bandwidth <= 0:
+            raise UsageError(
+                "JumpReLU needs initial_threshold > 0 and bandwidth > 0, found "
+                f"{self.initial_threshold} and {self.bandwidth}."
+            )
+
+    @classmethod
+    def deepmind(cls) -> JumpReLU:
+        """θ = ε = 0.001, for rows of unit mean square (Rajamanoharan et al. 2024)."""
+        return cls(form="deepmind", initial_threshold=0.001, bandwidth=0.001)
+
+    @classmethod
+    def anthropic(cls) -> JumpReLU:
+        """log θ = 0.1, ε = 2, for rows of mean norm √n (*Circuits Updates*, January 2025)."""
+        return cls(form="anthropic", initial_threshold=math.exp(0.1), bandwidth=2.0)
+
+    @classmethod
+    def anthropic_clt(cls) -> JumpReLU:
+        """θ = 0.03, ε = 1 (cross-layer transcoders; *Circuit Tracing*, March 2025)."""
+        return cls(form="anthropic", initial_threshold=0.03, bandwidth=1.0)
+
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
+        if self.form == "anthropic":
+            assert state.log_threshold is not None
+            return F.jumprelu_log(pre_BL, state.log_threshold, self.bandwidth, self.input_gradient)
+        assert state.threshold is not None
+        return F.jumprelu(pre_BL, state.threshold, self.bandwidth, self.input_gradient)
+
+    def thresholds(self, state: State) -> Tensor:
+        """θ per latent [L], with its gradient to what is learnt."""
+        if self.form == "anthropic":
+            assert state.log_threshold is not None
+            return state.log_threshold.exp()
+        assert state.threshold is not None
+        return state.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gated:
+    """1[π > 0]·ReLU(e^r·(W_enc x) + b_mag) with π = W_enc x + b_enc (Rajamanoharan et al. 2024).
+
+    The gate itself has no gradient: it learns from the terms `gated_l1` and `gated_aux`.
+    """
+
+    def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
+        assert state.r_mag is not None
+        assert state.b_mag is not None
+        return F.gated(pre_BL, state.b_enc, state.r_mag, state.b_mag)

@@ -1,0 +1,89 @@
+"""Optimisers that torch does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.adam import adam
+
+
+class AdamWithoutMoment(torch.optim.Optimizer):
+    """Adam with β1 = 0, whose first moment is the gradient itself and is not stored."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, beta2: float, eps: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "beta2": beta2, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """torch's own fused step, with the gradient in the place of the first moment."""
+        for group in self.param_groups:
+            moved = [p for p in group["params"] if p.grad is not None]
+            for p in moved:
+                if not self.state[p]:
+                    self.state[p]["step"] = torch.zeros((), device=p.device)
+                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            grads = [p.grad for p in moved]
+            adam(
+                moved,
+                grads,
+                grads,  # β1 = 0: the kernel writes 0·m + 1·g here, which is g
+                [self.state[p]["exp_avg_sq"] for p in moved],
+                [],
+                [self.state[p]["step"] for p in moved],
+                fused=True,
+                amsgrad=False,
+                beta1=0.0,
+                beta2=group["beta2"],
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+class ScheduleFreeSign(torch.optim.Optimizer):
+    """z ← z − γ·sign ∇f(y);  x ← (1−c)·x + c·z;  y = (1−β)·z + β·x,  c = γ²/Σγ².
+
+    Parameters hold y, where gradients are taken; z is kept; x, the average, follows from both
+    (Defazio et al. 2024, algorithm 1 with the step of signSGD). γ is the largest rate so far.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr, beta = group["lr"], group["momentum"]
+            for y in group["params"]:
+                if y.grad is None:
+                    continue
+                state = self.state[y]
+                if not state:
+                    state["z"] = y.detach().clone()
+                    # On the CPU and in float64: read every step, and summed over the whole run.
+                    state["lr_max"] = torch.zeros((), dtype=torch.float64)
+                    state["weight_sum"] = torch.zeros((), dtype=torch.float64)
+                lr_max = state["lr_max"].clamp_(min=lr)
+                state["weight_sum"] += lr_max**2
+                share = float(lr_max**2 / state["weight_sum"])
+                y.lerp_(state["z"], 1 - 1 / beta)  # y → x
+                state["z"].sub_(y.grad.sign(), alpha=lr)
+                y.lerp_(state["z"], share).lerp_(state["z"], 1 - beta)
+
+    def averaged_parameters(self) -> list[nn.Parameter]:
+        """Those whose average is not what they hold."""
+        return [p for group in self.param_groups for p in group["params"] if self.state.get(p)]
+
+    @torch.no_grad()
+    def to_average(self) -> None:
+        """Fill the parameters with x."""
+        for group in self.param_groups:
+            for y in group["params"]:
+                if self.state.get(y):
+                    y.lerp_(self.state[y]["z"], 1 - 1 / group["momentum"])

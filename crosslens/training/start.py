@@ -1,0 +1,55 @@
+"""Start a coder as its configuration says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosslens.coder import (
+    Coder,
+    center_at_median,
+    center_biases,
+    set_firing_rate,
+    share_start,
+    zero_decoders,
+)
+from crosslens.training.config import TrainConfig
+from crosslens.training.upkeep import renormalise_decoder
+
+
+@torch.no_grad()
+def draw_weights(coder: Coder, config: TrainConfig, sample_RX: Tensor) -> None:
+    """Fill the matrices; on the CPU, so that a seed draws the same on every machine.
+
+    Args:
+        sample_RX: harvested rows, raw.
+
+    Raises:
+        UsageError: the wiring has nothing that `coder.shared_start` or `init` could be applied to.
+    """
+    start = config.coder
+    start.init(coder, sample_RX, torch.Generator().manual_seed(config.seed))
+    if start.shared_start:
+        share_start(coder, start.shared_start)
+    if start.unit_norm:
+        renormalise_decoder(coder)
+    if start.zero_decoder:
+        zero_decoders(coder)
+
+
+@torch.no_grad()
+def set_biases(coder: Coder, config: TrainConfig, sample_RX: Tensor) -> None:
+    """Fill the biases, which depend on the weights; on the device of the coder and the sample,
+    since a firing rate takes the product of all latents with all rows.
+
+    Raises:
+        UsageError: the sample is too small for `coder.firing_rate`.
+    """
+    start = config.coder
+    match start.bias:
+        case "mean":
+            center_biases(coder, sample_RX.mean(0))
+        case "geometric_median":
+            center_at_median(coder, sample_RX)
+    if start.firing_rate is not None:
+        set_firing_rate(coder, sample_RX, start.firing_rate)

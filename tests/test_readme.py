@@ -1,0 +1,42 @@
+"""What the README shows works as it stands, on a smaller model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from crosslens.cli import COMMANDS, main
+from crosslens.training import TrainConfig
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_runs(tmp_path, tiny_model_folder, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    smaller = {
+        'path="smollm2"': f'path={str(tiny_model_folder)!r}, device="cpu"',
+        '"resid_mid.8", "resid_mid.16", "resid_mid.24"': '"resid_mid.1", "resid_mid.2"',
+        "FitConfig(steps=300)": 'FitConfig(steps=25, batch=64, device="cpu"), '
+        "text=TextConfig(tokens=1500, heldout=300, block=32)",
+    }
+    for old, new in smaller.items():
+        assert old in block
+        block = block.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec("from crosslens.text import TextConfig\n" + block, {})
+    shape, counts = capsys.readouterr().out.split("]) ", 1)
+    assert shape.startswith(f"torch.Size([{len(re.findall('[0-9]+', counts))}, 4096")
+
+
+def test_its_commands_exist():
+    shown = set(re.findall(r"^crosslens (\w+)", README, flags=re.MULTILINE))
+    shown |= set(re.findall(r"`crosslens (\w+)", README))
+    assert shown <= set(COMMANDS)
+    assert {"train", "evaluate", "report", "show", "resume", "doctor"} <= shown
+
+
+def test_its_train_line_is_understood(capsys):
+    (line,) = re.findall(r"^crosslens train (.*)$", README, flags=re.MULTILINE)
+    assert main(["train", *line.replace("'", "").split(), "--print-config"]) == 0
+    assert "Qwen/Qwen2.5-0.5B" in capsys.readouterr().out
+    assert TrainConfig().sites != ("resid_post.*",)
