@@ -193,7 +193,7 @@ class Coder(nn.Module):
                 inside = (latents_L >= span.start) & (latents_L < span.stop)
                 mine_BL, W_LY = padded(z_BL[:, inside], W_LY, latents_L[inside] - span.start)
                 part_BY = mine_BL @ W_LY.to(self._product_dtype)
-                parts.append(self._placed(part_BY.repeat(1, group.copies), group.writes))
+                parts.append(self._placed(tiled(part_BY, group.copies), group.writes))
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def decode_run(
@@ -206,7 +206,7 @@ class Coder(nn.Module):
         if frozen:
             W_LY = W_LY.detach()
         part_BY = z_BL.to(self._product_dtype) @ W_LY.to(self._product_dtype)
-        return self._placed(part_BY.repeat(1, spec.copies), spec.writes)
+        return self._placed(tiled(part_BY, spec.copies), spec.writes)
 
     def decoder_norms(self) -> Float[Tensor, "l p"]:
         """‖W_dec[l, s]‖ per latent and site written, in scaled units (folded or not)."""
@@ -214,7 +214,7 @@ class Coder(nn.Module):
         rows = []
         for group, W_LY in zip(self.wiring.groups, self.W_dec, strict=True):
             layout = write.pick(group.writes)
-            blocks = W_LY.repeat(1, group.copies).split(list(layout.widths), dim=-1)
+            blocks = tiled(W_LY, group.copies).split(list(layout.widths), dim=-1)
             found = dict(zip(layout.sites, blocks, strict=True))
             silent_L = W_LY.new_zeros(group.n_latents)
             norms = [
@@ -276,6 +276,11 @@ class Coder(nn.Module):
             return part_BY
         blank_BY = part_BY.new_zeros(part_BY.shape[0], write.width)
         return blank_BY.index_copy(-1, write.columns(sites).to(part_BY.device), part_BY)
+
+
+def tiled(value_BY: Tensor, copies: int) -> Tensor:
+    """So many copies side by side; the tensor itself where there is one."""
+    return value_BY if copies == 1 else value_BY.repeat(1, copies)
 
 
 def padded(z_BL: Tensor, W_LY: Tensor, rows_L: Tensor) -> tuple[Tensor, Tensor]:

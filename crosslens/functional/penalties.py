@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslens.functional.blocks import sum_rows
+from crosslens.functional.blocks import sum_rows, upcast
 
 
 def l1_of_norms(z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"]) -> Float[Tensor, ""]:
@@ -16,7 +16,7 @@ def l1_of_norms(z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"]) -> Floa
     sum over sites is what lets latents of one site or one model appear. With n_l the norm of the
     concatenation, that of cross-layer transcoders.
     """
-    return sum_rows(lambda z, n: (z * n).sum(), z_BL, norm_L) / len(z_BL)
+    return sum_rows(lambda z, n: (upcast(z) @ n).sum(), z_BL, norm_L) / len(z_BL)
 
 
 def tanh_of_norms(
@@ -26,7 +26,7 @@ def tanh_of_norms(
     c: float,
 ) -> Float[Tensor, ""]:
     """mean_b Σ_l w_l tanh(c f_l n_l) (*Circuits Updates*, Anthropic, January 2025)."""
-    total = sum_rows(lambda z, n, w: (torch.tanh(c * z * n) * w).sum(), z_BL, norm_L, weight_L)
+    total = sum_rows(lambda z, n, w: (torch.tanh(z * n) @ w).sum(), z_BL, c * norm_L, weight_L)
     return total / len(z_BL)
 
 
@@ -34,7 +34,7 @@ def tanh_frequency(
     z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"], c: float
 ) -> Float[Tensor, " l"]:
     """p̂_l = mean_b tanh(c f_l n_l): about how often each latent fires."""
-    return sum_rows(lambda z, n: torch.tanh(c * z * n).sum(0), z_BL, norm_L) / len(z_BL)
+    return sum_rows(lambda z, n: torch.tanh(z * n).sum(0), z_BL, c * norm_L) / len(z_BL)
 
 
 def quadratic_frequency(frequency_L: Float[Tensor, " l"], scale: float) -> Float[Tensor, ""]:
@@ -54,7 +54,7 @@ def preactivation_gap(
     """mean_b Σ_l ReLU(θ_l − pre_l) n_l, on pre-activations of all latents, so that those that
     never fire learn too (*Circuits Updates*, Anthropic, January 2025)."""
     total = sum_rows(
-        lambda pre, theta, n: (torch.relu(theta - pre) * n).sum(), pre_BL, threshold_L, norm_L
+        lambda pre, theta, n: (torch.relu(theta - pre) @ n).sum(), pre_BL, threshold_L, norm_L
     )
     return total / len(pre_BL)
 
@@ -78,4 +78,6 @@ def power_of_norms(
 def rectified_l1(pre_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"]) -> Float[Tensor, ""]:
     """mean_b Σ_l ReLU(π_l) n_l of the gate's pre-activations (Rajamanoharan et al. 2024, Gated
     SAEs, eq. 8, whose decoders have norm 1)."""
-    return sum_rows(lambda pre, n: (torch.relu(pre) * n).sum(), pre_BL, norm_L) / len(pre_BL)
+    return sum_rows(lambda pre, n: (upcast(torch.relu(pre)) @ n).sum(), pre_BL, norm_L) / len(
+        pre_BL
+    )
