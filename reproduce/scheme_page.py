@@ -25,7 +25,7 @@ EXPLAINED = {
     "MLPs": "From an MLP's input to its output: `skip_transcoder` at the middle layer, the "
     "cross-layer ones at all three. L0 counts all layers together.",
     "two models": "The middle layer of both models. `diff_sae` sees only their difference, and "
-    "its FVU is of that difference.",
+    "its FVU is of that difference, and what is spliced is the first model's activation plus it.",
 }
 
 
@@ -59,8 +59,8 @@ def _opening(facts: Mapping[str, Any]) -> list[str]:
         "# Every scheme on one harvest",
         "",
         f"Made by `{facts['command']}` with torch {facts['machine']['torch']} on "
-        f"{facts['machine']['threads']} threads ({facts['machine']['cpu']}). Per-site figures, the "
-        "splice of each site and the training curves are in [schemes.json](schemes.json).",
+        f"{facts['machine']['threads']} thread(s) ({facts['machine']['cpu']}). Per-site figures, "
+        "the splice of each site and the training curves are in [schemes.json](schemes.json).",
         "",
         f"- Model: `{base['path']}` ({base['architecture']}, {base['n_layers']} layers of "
         f"{base['d_model']}, {base['dtype']}), layers {', '.join(map(str, facts['layers']))}. "
@@ -72,18 +72,19 @@ def _opening(facts: Mapping[str, Any]) -> list[str]:
         "reached: the two-model figures are of a narrow fine-tune, not of a chat model.",
         f"- Each scheme is its recipe with {facts['latents']} latents, "
         f"{facts['steps']} steps of {facts['batch']} rows in the same order, an aim of "
-        f"L0 = {facts['l0']}, and Adam's rate at 8e-4 (published rates are for far longer runs). "
-        "Wiring, activation, terms, start and kind of optimiser are the recipe's. Where a penalty "
-        "and no k sets L0, its weight was searched on the same text first; that time is not "
-        "counted.",
+        f"L0 = {facts['l0']}, and Adam's rate at {facts['adam_lr']:g} (published rates "
+        "are for far longer runs). Wiring, activation, terms, start and kind of optimiser are the "
+        "recipe's. Where a penalty and no k sets L0, its weight was searched first, on the same "
+        "text; that time is not counted.",
         "- FVU: squared error over variance on all held-out rows, each site weighted by its scale; "
         "± one standard error over eight parts of the text. Linear baseline: the FVU of as many "
         "principal components as L0, or of least squares where input and output differ. "
         "CE recovered: the share of the loss from mean ablation that the reconstruction saves, "
         f"mean over sites spliced one at a time, {facts['splice_tokens']} held-out positions. "
         "Dead: latents that fired on no held-out row.",
-        "- This is a short run: it ranks schemes by how fast they learn from 300 thousand tokens, "
-        "not by where they end. Families do not compare with each other.",
+        "- This is a short run: it ranks schemes by how fast they learn from "
+        f"{facts['steps'] * facts['batch']:,} rows, not by where they end. Families do not compare "
+        "with each other.",
         "",
     ]
 
@@ -161,13 +162,12 @@ def _panel(axis: Any, results: Sequence[Result], places: list[float], key: str, 
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
     values = [max(r[key], 0.0) for r in results]
-    axis.scatter(values, places, s=22, color="#2f6db3", zorder=3)
+    limits = {"fvu": 1.1, "seconds": 1.05 * max(values)}
+    limit = limits.get(key, 1.02)
+    # What lies beyond an axis is shown at its edge; the table has the figure.
+    axis.scatter([min(v, limit) for v in values], places, s=22, color="#2f6db3", zorder=3)
+    axis.set_xlim(0, limit)
     if key == "fvu":
-        base = [r["baseline"]["fvu"] for r in results]
+        base = [min(r["baseline"]["fvu"], limit) for r in results]
         axis.scatter(base, places, s=22, facecolors="none", edgecolors="0.5", zorder=2)
         axis.set_xlabel("open: linear baseline")
-        axis.set_xlim(0, min(1.1, 1.05 * max(values + base)))
-    elif key == "seconds":
-        axis.set_xlim(0)
-    else:
-        axis.set_xlim(0, 1.02)

@@ -30,7 +30,7 @@ ROWS = 2048
 """Rows encoded at a time when judging."""
 NEAR = 1.25
 """An L0 within this factor of the aim is near enough."""
-TRIALS = 3
+TRIALS = 1
 """Whole trainings, at most, to find a penalty's weight; the nearest is the one that counts."""
 
 

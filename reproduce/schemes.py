@@ -14,7 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from reproduce.finetune import FineTune, fine_tuned
 from reproduce.scheme_judging import baseline, judged
 from reproduce.scheme_page import write_page
 from reproduce.scheme_rows import Harvest, harvest, scheme_source
-from reproduce.scheme_table import SCHEMES, Sizes, config_of, sites_of
+from reproduce.scheme_table import LR, SCHEMES, Sizes, config_of, sites_of
 from reproduce.scheme_training import Match, Rows, matched, train
 
 
@@ -134,6 +134,8 @@ def run_scheme(name: str, bench: Bench) -> dict[str, Any]:
         save(trained.coder, file.parent / "coder", {"recipe": name})
         coder = load(file.parent / "coder")
         source = scheme_source(bench.models, bench.harvest, rows.sites, scheme.two_models)
+        per_chunk = min(source.blocks_per_chunk, bench.splice_tokens // source.block_length)
+        source = replace(source, blocks_per_chunk=max(1, per_chunk))
         result |= judged(coder, rows, source, bench.splice_tokens)
         result |= {
             "baseline": baseline(coder, rows, bench.sizes.l0),
@@ -174,6 +176,7 @@ def _facts(bench: Bench) -> dict[str, Any]:
         "batch": sizes.batch,
         "rows": bench.harvest.counts,
         "layers": list(sizes.layers),
+        "adam_lr": LR,
         "splice_tokens": bench.splice_tokens,
         "harvest_tokens_per_s": bench.harvest.tokens_per_s,
         "models": {name: model.identity() for name, model in bench.models.items()},

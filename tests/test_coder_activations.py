@@ -153,6 +153,7 @@ def test_what_an_activation_keeps_is_learnt_or_not(activation):
 def test_the_presets_are_the_published_numbers():
     assert JumpReLU.deepmind() == JumpReLU()
     assert (JumpReLU().initial_threshold, JumpReLU().bandwidth) == (0.001, 0.001)
+    assert JumpReLU(form="anthropic") == JumpReLU.anthropic(), "defaults do not mix the presets"
     anthropic = Coder(Crosscoder()(LAYOUT, 12), JumpReLU.anthropic())
     assert torch.allclose(anthropic.log_threshold, torch.full((12,), 0.1))
     assert JumpReLU.anthropic().bandwidth == 2.0
@@ -224,6 +225,7 @@ def coder_of(n: int, activation):
         (lambda: BatchTopK(k=4, k_start=2, anneal=0.5), "k comes down"),
         (lambda: BatchTopK(k=4, k_start=8, anneal=1.5), r"activation\.anneal"),
         (lambda: JumpReLU(initial_threshold=-1.0), "initial_threshold"),
+        (lambda: JumpReLU(form="anthropic", bandwidth=0.0), "bandwidth"),
         (coder_of(12, GroupMax(k=5)), "does not divide"),
         (coder_of(12, GroupMax(k=24)), "does not divide"),
         (coder_of(12, AbsTopK(k=13)), "only 12 latents"),

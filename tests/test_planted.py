@@ -164,6 +164,7 @@ def test_dedicated_latents_hold_only_what_is_exclusive(seed):
     assert (b_only == 1).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_designated_shared_latents_take_what_is_shared(seed):
     """As Anthropic, February 2025: ReLU with L1 of summed norms, shared latents at 0.15 of it."""
@@ -239,6 +240,7 @@ def layers(random: torch.Generator, n: int = 16, width: int = 16) -> Layers:
     return Layers(reads, writes * written[..., None])
 
 
+@pytest.mark.slow
 def test_a_clt_writes_the_layers_that_are_written():
     """The latent that finds a feature reads its layer, and has a decoder norm where the feature
     writes and next to none where it might but does not."""

@@ -214,7 +214,7 @@ class Coder(nn.Module):
         rows = []
         for group, W_LY in zip(self.wiring.groups, self.W_dec, strict=True):
             layout = write.pick(group.writes)
-            blocks = tiled(W_LY, group.copies).split(list(layout.widths), dim=-1)
+            blocks = torch.split(tiled(W_LY, group.copies), list(layout.widths), dim=-1)
             found = dict(zip(layout.sites, blocks, strict=True))
             silent_L = W_LY.new_zeros(group.n_latents)
             norms = [

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from crosslens import functional as F
 from crosslens.coder import Coder, JumpReLU, Pass, training_rows
 from crosslens.errors import Diverged, Interrupted
 from crosslens.training.checkpoint import TrainState
@@ -118,6 +119,7 @@ def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) ->
                 hooks.log({"step": state.step, "resampled": last.resampled})
             if saving:
                 hooks.save(state)
+            del last  # or its rows × latents tensors would stay through the next step
             if stopping and not at_end:
                 raise Interrupted(f"Stopped after step {state.step}; everything is saved.")
 
@@ -170,7 +172,7 @@ def _step(config: TrainConfig, state: TrainState, x_BX: Tensor) -> _Step:
     grad = torch.nn.utils.clip_grad_norm_(coder.parameters(), clip)
     factor = _rate(config, state.step)
     state.optimizer.step(factor)
-    fired_L = (shown.z_BL != 0).any(0)
+    fired_L = F.fires(shown.z_BL)
     state.idle_L.add_(len(shown.z_BL)).masked_fill_(fired_L, 0)
     resampled = 0
     if _resamples(config, state.step + 1):
@@ -195,7 +197,7 @@ def _measured(config: TrainConfig, state: TrainState, last: _Step) -> Metrics:
         "loss": last.loss,
         **last.parts,
         "fvu": error / spread,
-        "l0": (shown.z_BL != 0).sum(-1).float().mean(),
+        "l0": torch.count_nonzero(shown.z_BL) / len(shown.z_BL),
         "dead": (state.idle_L >= config.fit.dead_after).float().mean(),
         "grad_norm": last.grad,
     }

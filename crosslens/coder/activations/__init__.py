@@ -38,10 +38,10 @@ def activation_parameters(activation: Activation, n_latents: int) -> dict[str, t
     BatchTopK's running threshold is not known (NaN) before its first training step.
     """
     match activation:
-        case JumpReLU(form="anthropic", initial_threshold=value):
-            return {"log_threshold": (torch.full((n_latents,), math.log(value)), True)}
-        case JumpReLU(initial_threshold=value):
-            return {"threshold": (torch.full((n_latents,), value), True)}
+        case JumpReLU(form="anthropic", theta=theta):
+            return {"log_threshold": (torch.full((n_latents,), math.log(theta)), True)}
+        case JumpReLU(theta=theta):
+            return {"threshold": (torch.full((n_latents,), theta), True)}
         case Gated():
             return {name: (torch.zeros(n_latents), True) for name in ("r_mag", "b_mag")}
         case BatchTopK():

@@ -12,6 +12,11 @@ from crosslens import functional as F
 from crosslens.coder.activations.state import State
 from crosslens.errors import UsageError
 
+_PUBLISHED = {
+    "deepmind": {"initial_threshold": 0.001, "bandwidth": 0.001},
+    "anthropic": {"initial_threshold": math.exp(0.1), "bandwidth": 2.0},
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReLU:
@@ -32,29 +37,45 @@ class JumpReLU:
     form: Literal["deepmind", "anthropic"] = "deepmind"
     """`deepmind` learns θ itself, with gradient −θ/ε in the window; `anthropic` learns t = log θ,
     with gradient −e^t/ε as printed (a chain rule would have another factor e^t)."""
-    initial_threshold: float = 0.001
-    """θ at the start, in either form."""
-    bandwidth: float = 0.001
-    """Width ε of the straight-through window around θ."""
+    initial_threshold: float | None = None
+    """θ at the start, in either form; None: as the form's authors have it."""
+    bandwidth: float | None = None
+    """Width ε of the straight-through window around θ; None: as the form's authors have it."""
     input_gradient: bool = False
     """Also pass +θ/ε in the window to the pre-activation: beyond the published equations."""
 
     def __post_init__(self) -> None:
-        if self.initial_threshold <= 0 or self.bandwidth <= 0:
+        # One form's numbers never stand in for the other's: half a preset is a wrong one.
+        for name, value in _PUBLISHED[self.form].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.theta <= 0 or self.epsilon <= 0:
             raise UsageError(
                 "JumpReLU needs initial_threshold > 0 and bandwidth > 0, found "
                 f"{self.initial_threshold} and {self.bandwidth}."
             )
 
+    @property
+    def theta(self) -> float:
+        """`initial_threshold`, known."""
+        assert self.initial_threshold is not None
+        return self.initial_threshold
+
+    @property
+    def epsilon(self) -> float:
+        """`bandwidth`, known."""
+        assert self.bandwidth is not None
+        return self.bandwidth
+
     @classmethod
     def deepmind(cls) -> JumpReLU:
         """θ = ε = 0.001, for rows of unit mean square (Rajamanoharan et al. 2024)."""
-        return cls(form="deepmind", initial_threshold=0.001, bandwidth=0.001)
+        return cls(form="deepmind")
 
     @classmethod
     def anthropic(cls) -> JumpReLU:
         """log θ = 0.1, ε = 2, for rows of mean norm √n (*Circuits Updates*, January 2025)."""
-        return cls(form="anthropic", initial_threshold=math.exp(0.1), bandwidth=2.0)
+        return cls(form="anthropic")
 
     @classmethod
     def anthropic_clt(cls) -> JumpReLU:
@@ -64,9 +85,9 @@ class JumpReLU:
     def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         if self.form == "anthropic":
             assert state.log_threshold is not None
-            return F.jumprelu_log(pre_BL, state.log_threshold, self.bandwidth, self.input_gradient)
+            return F.jumprelu_log(pre_BL, state.log_threshold, self.epsilon, self.input_gradient)
         assert state.threshold is not None
-        return F.jumprelu(pre_BL, state.threshold, self.bandwidth, self.input_gradient)
+        return F.jumprelu(pre_BL, state.threshold, self.epsilon, self.input_gradient)
 
     def thresholds(self, state: State) -> Tensor:
         """θ per latent [L], with its gradient to what is learnt."""

@@ -69,7 +69,7 @@ class L0:
     def __call__(self, step: Pass) -> Tensor:
         activation = step.coder.activation
         assert isinstance(activation, JumpReLU)
-        count_B, rate_L = F.count_active(step.pre_BL, _thresholds(step), activation.bandwidth)
+        count_B, rate_L = F.count_active(step.pre_BL, _thresholds(step), activation.epsilon)
         if self.target is not None:
             count_B = 2 / self.target * (count_B - self.target).square()
         dense = torch.relu(rate_L - self.density_limit).sum()
