@@ -30,7 +30,7 @@ ROWS = 2048
 """Rows encoded at a time when judging."""
 NEAR = 1.25
 """An L0 within this factor of the aim is near enough."""
-TRIALS = 1
+TRIALS = 3
 """Whole trainings, at most, to find a penalty's weight; the nearest is the one that counts."""
 
 
@@ -138,7 +138,9 @@ class Match:
     trained: Trained
 
 
-def matched(config: TrainConfig, rows: Rows, penalty: str, l0: int) -> list[Match]:
+def matched(
+    config: TrainConfig, rows: Rows, penalty: str, l0: int, trials: int = TRIALS
+) -> list[Match]:
     """Trainings in search of an L0 near `l0`, the nearest one last.
 
     First the weight follows the L0 through a training that is not kept; then come whole trainings
@@ -146,7 +148,7 @@ def matched(config: TrainConfig, rows: Rows, penalty: str, l0: int) -> list[Matc
     """
     weight = _followed(config, rows, penalty, l0)
     tried: list[Match] = []
-    for _ in range(TRIALS):
+    for _ in range(trials):
         trained = train(with_weight(config, penalty, weight), rows)
         found = heldout_l0(trained.coder, rows)
         tried.append(Match(weight, found, trained))

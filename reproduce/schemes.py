@@ -30,7 +30,7 @@ from reproduce.scheme_judging import baseline, judged
 from reproduce.scheme_page import write_page
 from reproduce.scheme_rows import Harvest, harvest, scheme_source
 from reproduce.scheme_table import LR, SCHEMES, Sizes, config_of, sites_of
-from reproduce.scheme_training import Match, Rows, matched, train
+from reproduce.scheme_training import TRIALS, Match, Rows, matched, train
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Bench:
     harvest: Harvest
     sizes: Sizes
     splice_tokens: int
+    trials: int
     work: Path
 
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, default=305_000)
     parser.add_argument("--heldout", type=int, default=16_000)
     parser.add_argument("--splice-tokens", type=int, default=2048)
+    parser.add_argument("--trials", type=int, default=TRIALS, help="trainings to match an L0")
     parser.add_argument("--latents", type=int, default=4608)
     parser.add_argument("--l0", type=int, default=32)
     parser.add_argument("--steps", type=int, default=147)
@@ -96,7 +98,7 @@ def prepare(asked: argparse.Namespace) -> Bench:
     )
     text = (asked.tokens, asked.heldout)
     found = harvest(models, _patterns(sizes), text, asked.work / "harvest")
-    return Bench(models, found, sizes, asked.splice_tokens, asked.work)
+    return Bench(models, found, sizes, asked.splice_tokens, asked.trials, asked.work)
 
 
 def _patterns(sizes: Sizes) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def run_scheme(name: str, bench: Bench) -> dict[str, Any]:
     tried: list[Match] = []
     try:
         if scheme.penalty:
-            tried = matched(config, rows, scheme.penalty, bench.sizes.l0)
+            tried = matched(config, rows, scheme.penalty, bench.sizes.l0, bench.trials)
         trained = tried[-1].trained if tried else train(config, rows)
     except Diverged as error:
         result |= {"diverged": str(error)}

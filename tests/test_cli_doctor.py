@@ -79,10 +79,11 @@ def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture
     assert main(argv) == 0
     out = capsys.readouterr().out
     wanted = ["demo", "train", "resume", "evaluate", "report", "show", "runs", "doctor"]
+    wanted.insert(list(cli.COMMANDS).index("recipes"), "recipes")
     assert list(cli.COMMANDS) == wanted
     lines = [line.split() for line in out.splitlines() if line.startswith("  ")]
-    assert [line[0] for line in lines[:8]] == wanted
-    assert all(len(line) > 3 for line in lines[:8])
+    assert [line[0] for line in lines[:9]] == wanted
+    assert all(len(line) > 3 for line in lines[:9])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

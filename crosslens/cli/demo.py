@@ -13,7 +13,7 @@ from crosslens.cli.evaluate import evaluate_run, table
 from crosslens.cli.stages import Stages
 from crosslens.explore import build
 from crosslens.text import Corpus, TextConfig
-from crosslens.training import TrainConfig, create_run, open_models, open_run, train
+from crosslens.training import FitConfig, TrainConfig, create_run, open_models, open_run, train
 
 CONFIG = TrainConfig(
     text=TextConfig(
@@ -22,7 +22,8 @@ CONFIG = TrainConfig(
             "main": Corpus(source="stdlib", weight=0.8),
             "chat": Corpus(source="stdlib-chat", weight=0.2),
         },
-    )
+    ),
+    fit=FitConfig(steps=400),
 )
 """SmolLM2-135M-Instruct on the source of Python's standard library, as files and as chat."""
 

@@ -196,14 +196,11 @@ class AuxK:
         dead = step.dead_L.nonzero().squeeze(-1)
         if not len(dead):
             return step.recon_BY.new_zeros(())
-        k = min(self.k, len(dead))
-
-        def left(pre_BL: Tensor, error_BY: Tensor) -> Tensor:
-            recon_BY = step.coder.decode_scaled(F.topk(pre_BL[:, dead], k), dead)
-            return (error_BY - F.upcast(recon_BY)).square().sum()
-
+        # Only columns of dead latents: narrow, so nothing need be computed again for the gradient.
+        code_BD = F.topk(step.pre_BL[:, dead], min(self.k, len(dead)))
         error_BY = (step.target_BY - step.recon_BY).detach()
-        return F.share_of_residual(F.sum_rows(left, (step.pre_BL, error_BY)), error_BY)
+        left_BY = error_BY - F.upcast(step.coder.decode_scaled(code_BD, dead))
+        return F.share_of_residual(left_BY.square().sum(), error_BY)
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
         """Fits every activation."""
