@@ -20,8 +20,9 @@ class TokenPolicy:
     drop_padding: bool = True
     drop_special: bool = False
     """Special tokens, chat templates' markers included: what a chat model has learnt sits there."""
-    outlier_norm: float | None = 10.0
-    """Leave out rows whose norm at some site is beyond this multiple of that site's median."""
+    outlier_norm: float | None = 3.0
+    """Leave out rows whose norm at some site is beyond this multiple of that site's median: sinks,
+    and the first tokens after them."""
 
     def __post_init__(self) -> None:
         if self.outlier_norm is not None and self.outlier_norm <= 1:
