@@ -17,6 +17,7 @@ from crosslens.training import FitConfig, TrainConfig, create_run, open_models, 
 
 CONFIG = TrainConfig(
     text=TextConfig(
+        tokens=400_000,
         heldout=80_000,
         corpora={
             "main": Corpus(source="stdlib", weight=0.8),
