@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
             "chat": Corpus(source="stdlib-chat", weight=0.2),
         },
     ),
-    fit=FitConfig(steps=500),
+    fit=FitConfig(steps=440),
 )
 """SmolLM2-135M-Instruct on the source of Python's standard library, as files and as chat."""
 
