@@ -25,7 +25,8 @@ from torch import Tensor
 from crosslens.coder import Coder, Layout
 from crosslens.training import TrainConfig
 from crosslens.training.checkpoint import TrainState
-from crosslens.training.fit import Hooks, fit, new_optimizer
+from crosslens.training.fit import Hooks, fit
+from crosslens.training.start import first_state
 from reproduce.scheme_table import SCHEMES, Sizes, config_of, sites_of
 from reproduce.scheme_training import fill
 
@@ -121,11 +122,10 @@ def training_of(name: str, sizes: Sizes) -> tuple[TrainConfig, TrainState, Noise
     layout = Layout(sites, (WIDTH,) * len(sites))
     wiring = config.wiring(layout, sizes.latents)
     coder = Coder(wiring, config.coder.activation, center=config.coder.center)
-    idle_L = torch.zeros(sizes.latents, dtype=torch.int64)
-    noise = Noise(torch.randn(sizes.batch, layout.width).bfloat16(), idle_L)
-    fill(coder, config, noise.rows_BX.float())
-    coder.compute_dtype = torch.bfloat16
-    state = TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+    rows_BX = torch.randn(sizes.batch, layout.width).bfloat16()
+    fill(coder, config, rows_BX.float())
+    state = first_state(coder, config)
+    noise = Noise(rows_BX, state.idle_L)
     fit(_until(config, 2), state, noise, _silent())
     return config, state, noise
 

@@ -74,8 +74,8 @@ def _opening(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['steps']} steps of {facts['batch']} rows in the same order, an aim of "
         f"L0 = {facts['l0']}, and Adam's rate at {facts['adam_lr']:g} (published rates "
         "are for far longer runs). Wiring, activation, terms, start and kind of optimiser are the "
-        "recipe's. Where a penalty and no k sets L0, its weight was searched first, on the same "
-        "text; that time is not counted.",
+        "recipe's. Where a penalty and no k sets L0, it is searched by whole trainings, and the "
+        "one nearest the aim is shown, with its own time.",
         "- FVU: squared error over variance on all held-out rows, each site weighted by its scale; "
         "± one standard error over eight parts of the text. Linear baseline: the FVU of as many "
         "principal components as L0, or of least squares where input and output differ. "

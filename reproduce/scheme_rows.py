@@ -122,10 +122,6 @@ def _mapped(file: Path, shape: tuple[int, int]) -> Tensor:
     )
 
 
-class SegmentOver(Exception):
-    """As many batches as asked for have been given."""
-
-
 class Batches:
     """Batches of some sites' rows, in an order that is the same for every scheme."""
 
@@ -133,15 +129,10 @@ class Batches:
         self.rows_NX, self.columns = harvest.rows("train"), harvest.columns(sites)
         self.batch, self.generator = batch, torch.Generator().manual_seed(seed)
         self.order = torch.empty(0, dtype=torch.int64)
-        self.left: int | None = None
-        """Batches until SegmentOver; None: no end."""
 
     def next(self, check: Callable[[], None]) -> Tensor:
         """Each row once before any twice."""
         check()
-        if self.left == 0:
-            raise SegmentOver
-        self.left = None if self.left is None else self.left - 1
         while len(self.order) < self.batch:
             again = torch.randperm(len(self.rows_NX), generator=self.generator)
             self.order = torch.cat([self.order, again])

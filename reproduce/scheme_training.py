@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,14 +13,13 @@ from torch import Tensor
 
 from crosslens.activations import row_norms
 from crosslens.coder import Coder, Wiring, all_rows
-from crosslens.device import resolve_dtype
 from crosslens.evaluation import reconstruction
 from crosslens.training import TrainConfig
 from crosslens.training.checkpoint import TrainState
-from crosslens.training.fit import Hooks, fit, new_optimizer
-from crosslens.training.start import draw_weights, set_biases
+from crosslens.training.fit import Hooks, fit
+from crosslens.training.start import draw_weights, first_state, set_biases
 from crosslens.training.upkeep import as_saved
-from reproduce.scheme_rows import Batches, Harvest, SegmentOver, own_names
+from reproduce.scheme_rows import Batches, Harvest, own_names
 from reproduce.scheme_table import with_weight
 
 SAMPLE = 8192
@@ -30,8 +28,12 @@ ROWS = 2048
 """Rows encoded at a time when judging."""
 NEAR = 1.25
 """An L0 within this factor of the aim is near enough."""
-TRIALS = 3
+TRIALS = 6
 """Whole trainings, at most, to find a penalty's weight; the nearest is the one that counts."""
+STRIDE = 10.0
+"""Factor between two weights while all that were tried lie on one side of the aim."""
+LEAST = 0.1
+"""L0 below which a code counts as empty."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ def start(config: TrainConfig, rows: Rows) -> TrainState:
         coder.scale_read.copy_(_scale(config, wiring, given.x_BX, wiring.read.widths))
         coder.scale_write.copy_(_scale(config, wiring, given.y_BY, wiring.write.widths))
     fill(coder, config, sample_RX)
-    coder.compute_dtype = resolve_dtype(config.fit.dtype)
-    idle_L = torch.zeros(wiring.n_latents, dtype=torch.int64)
-    return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+    return first_state(coder, config)
 
 
 def fill(coder: Coder, config: TrainConfig, sample_RX: Tensor) -> None:
@@ -141,12 +141,8 @@ class Match:
 def matched(
     config: TrainConfig, rows: Rows, penalty: str, l0: int, trials: int = TRIALS
 ) -> list[Match]:
-    """Trainings in search of an L0 near `l0`, the nearest one last.
-
-    First the weight follows the L0 through a training that is not kept; then come whole trainings
-    at a fixed weight with the recipe's own ramp, each correcting what the one before missed.
-    """
-    weight = _followed(config, rows, penalty, l0)
+    """Whole trainings in search of an L0 near `l0`, the nearest one last."""
+    weight = getattr(config.objective, penalty).weight
     tried: list[Match] = []
     for _ in range(trials):
         trained = train(with_weight(config, penalty, weight), rows)
@@ -154,19 +150,23 @@ def matched(
         tried.append(Match(weight, found, trained))
         if 1 / NEAR <= found / l0 <= NEAR:
             break
-        weight *= min(4.0, max(0.25, found / l0))
-    return sorted(tried, key=lambda each: -abs(math.log(max(each.l0, 1e-3) / l0)))
+        weight = next_weight([(each.weight, each.l0) for each in tried], l0)
+    return sorted(tried, key=lambda each: -abs(math.log(max(each.l0, LEAST) / l0)))
 
 
-def _followed(config: TrainConfig, rows: Rows, penalty: str, l0: int) -> float:
-    weight = getattr(config.objective, penalty).weight
-    state, batches, log = start(config, rows), rows.batches(config), _Log()
-    while state.step < config.fit.steps:
-        batches.left = config.fit.log_every
-        with suppress(SegmentOver):
-            fit(with_weight(config, penalty, weight, ramp=0.0), state, batches, log.hooks())
-        weight *= min(2.0, max(0.5, (log.l0 / l0) ** 0.5))
-    return weight
+def next_weight(tried: Sequence[tuple[float, float]], l0: float) -> float:
+    """Where to look next, given (weight, L0) pairs: outwards until the aim lies between two of
+    them, then where the line through those, in logarithms, meets it."""
+    too_weak = [each for each in tried if each[1] > l0]
+    too_strong = [each for each in tried if each[1] <= l0]
+    if not too_strong:
+        return max(tried)[0] * STRIDE
+    if not too_weak:
+        return min(tried)[0] / STRIDE
+    (low, above), (high, below) = max(too_weak), min(too_strong)
+    drop = math.log(above / max(below, LEAST))
+    share = min(0.8, max(0.2, math.log(above / l0) / drop))
+    return math.exp((1 - share) * math.log(low) + share * math.log(high))
 
 
 def heldout_l0(coder: Coder, rows: Rows) -> float:

@@ -70,7 +70,7 @@ class Plain:
     def __init__(self, shown: Pass) -> None:
         coder, write = shown.coder, shown.coder.wiring.write
         self.target, self.recon = shown.target_BY.tolist(), shown.recon_BY.tolist()
-        self.pre, self.z = shown.pre_BL.tolist(), shown.z_BL.tolist()
+        self.pre, self.z = shown.pre_BL.tolist(), shown.code.tolist()
         self.bias, self.slices = coder.b_dec.tolist(), write.slices
         self.skip = [[0.0] * write.width] * 7
         if shown.skipped_BY is not None:

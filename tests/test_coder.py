@@ -25,6 +25,7 @@ from crosslens.coder import (
     load,
     load_description,
     save,
+    train_pass,
     transpose_init,
     unfold,
 )
@@ -181,8 +182,8 @@ def test_batch_topk_learns_the_running_threshold():
     x = torch.randn(16, 12, generator=generator(1))
     expected = None
     for _ in range(3):
-        shown = coder.train_pass(Rows(x, x))
-        kept = (shown.z_BL * coder.decoder_norms().sum(-1)).detach()
+        shown = train_pass(coder, Rows(x, x))
+        kept = (shown.code * coder.decoder_norms().sum(-1)).detach()
         smallest = float(kept[kept > 0].min())
         expected = smallest if expected is None else 0.9 * expected + 0.1 * smallest
     assert float(coder.threshold) == pytest.approx(expected, rel=1e-5)

@@ -27,6 +27,7 @@ from crosslens.coder import (
     fold,
     load,
     save,
+    train_pass,
     unfold,
 )
 from crosslens.coder.activations import KEPT, k_at
@@ -192,7 +193,7 @@ def test_k_comes_down_linearly(kind):
         coder.W_dec[0].normal_(generator=generator(3))
     x = torch.rand(8, 12, generator=generator(1))
     for progress, k in ((0.0, 10), (0.25, 6), (0.5, 2), (1.0, 2)):
-        assert (coder.train_pass(Rows(x, x), progress=progress).z_BL != 0).sum() == 8 * k
+        assert (train_pass(coder, Rows(x, x), progress=progress).code != 0).sum() == 8 * k
 
 
 def test_thresholds_stay_in_float32_when_products_are_short():
@@ -203,8 +204,8 @@ def test_thresholds_stay_in_float32_when_products_are_short():
             coder.W_enc[0].normal_(generator=generator(2))
             coder.W_dec[0].normal_(generator=generator(3))
         x = torch.randn(30, 12, generator=generator(1))
-        shown = coder.train_pass(Rows(x, x))
-        assert shown.z_BL.dtype == torch.bfloat16
+        shown = train_pass(coder, Rows(x, x))
+        assert shown.code.dtype == torch.bfloat16
         shown.recon_BY.square().sum().backward()
         learnt = coder.log_threshold if coder.threshold is None else coder.threshold
         assert learnt.dtype == learnt.grad.dtype == torch.float32

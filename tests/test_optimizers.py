@@ -18,6 +18,7 @@ from crosslens.coder import (
     Rows,
     Transcoder,
     Transpose,
+    train_pass,
 )
 from crosslens.config import from_plain, to_plain
 from crosslens.errors import CrosslensError, UsageError
@@ -53,7 +54,7 @@ def push(coder: Coder, optimizer: Optimizer, step: int, factor: float = 1.0) -> 
     x = torch.randn(8, coder.wiring.read.width, generator=seeded(step))
     site = torch.zeros(8).long() if coder.wiring.n_codes else None
     y = torch.randn(8, coder.wiring.write.width, generator=seeded(step + 10**6))
-    shown = coder.train_pass(Rows(x, y, site))
+    shown = train_pass(coder, Rows(x, y, site))
     (shown.target_BY - shown.recon_BY).square().sum(-1).mean().backward()
     optimizer.step(factor)
 
@@ -66,7 +67,7 @@ def test_adam_without_a_first_moment_is_torchs_with_beta1_0_to_the_bit():
     for step in range(30):
         x = torch.randn(8, 10, generator=seeded(step))
         for each in (coder, twin):
-            shown = each.train_pass(Rows(x, x))
+            shown = train_pass(each, Rows(x, x))
             (shown.target_BY - shown.recon_BY).square().sum(-1).mean().backward()
         mine.step(0.5 if step < 10 else 1.0)
         theirs.param_groups[0]["lr"] = 1e-2 * (0.5 if step < 10 else 1.0)
@@ -88,7 +89,7 @@ def test_adam_itself_is_torchs():
         push(coder, mine, step)
         x = torch.randn(8, 10, generator=seeded(step))
         y = torch.randn(8, 10, generator=seeded(step + 10**6))
-        shown = twin.train_pass(Rows(x, y))
+        shown = train_pass(twin, Rows(x, y))
         (shown.target_BY - shown.recon_BY).square().sum(-1).mean().backward()
         theirs.step()
         theirs.zero_grad()

@@ -15,7 +15,7 @@ from crosslens.recipes import RECIPES
 from reproduce import schemes
 from reproduce.scheme_judging import baseline
 from reproduce.scheme_page import NOTES
-from reproduce.scheme_rows import Batches, SegmentOver, scheme_source
+from reproduce.scheme_rows import Batches, scheme_source
 from reproduce.scheme_table import SCHEMES, Sizes, config_of, with_weight
 from reproduce.scheme_training import Rows, start, train
 
@@ -84,10 +84,6 @@ def test_batches_use_each_row_once_before_any_twice(bench):
     n = len(rows) // 100
     got = torch.cat([batches.next(lambda: None) for _ in range(n)])
     assert len(got.unique(dim=0)) == pytest.approx(len(rows[: 100 * n].unique(dim=0)), rel=0.02)
-    batches.left = 1
-    batches.next(lambda: None)
-    with pytest.raises(SegmentOver):
-        batches.next(lambda: None)
 
 
 def test_harvested_rows_are_the_models_activations(bench):
@@ -122,15 +118,25 @@ def test_done_stays_done_and_notes_are_kept(page, arguments, capsys):
     assert file.read_text().count("`topk_sae`") == 1
 
 
+def test_the_next_weight_goes_outwards_then_between():
+    from reproduce.scheme_training import next_weight
+
+    assert next_weight([(1.0, 500.0)], 32) > 1
+    assert next_weight([(1.0, 3.0)], 32) < 1
+    # L0 = 3200 / weight: two points on either side, and the line through them is exact.
+    assert next_weight([(10.0, 320.0), (1000.0, 3.2), (1.0, 3200.0)], 32) == pytest.approx(100)
+    assert 1 < next_weight([(1.0, 100.0), (2.0, 0.0)], 32) < 2
+
+
 def test_the_search_comes_near_the_l0_that_is_asked_for(bench):
     """Longer than the others, so that a penalty can act."""
-    from reproduce.scheme_training import heldout_l0, matched
+    from reproduce.scheme_training import TRIALS, heldout_l0, matched
 
     sizes = replace(bench.sizes, steps=60, l0=8)
     rows = Rows(bench.harvest, schemes._sites("l1_crosscoder", sizes), False)
     config = config_of("l1_crosscoder", sizes)
     tried = matched(config, rows, "l1", 8)
-    assert len(tried) <= 3
+    assert len(tried) <= TRIALS
     best = tried[-1]
     assert 4 < best.l0 < 16
     assert all(abs(math.log(best.l0 / 8)) <= abs(math.log(each.l0 / 8)) for each in tried)

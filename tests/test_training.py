@@ -166,7 +166,8 @@ def test_a_run_leaves_what_the_design_says(finished):
     assert names == {"run.json", "data", "metrics.jsonl", "checkpoints", "coder", "summary.json"}
     assert [p.name for p in (finished.folder / "checkpoints").iterdir()] != []
     record = finished.record()
-    assert set(record) == {"config", "versions", "text", "sites", "models", "calibration"}
+    facts = {"config", "versions", "text", "sites", "models", "calibration", "sparse_below"}
+    assert set(record) == facts
     assert open_run(finished.folder).config() == finished.config()
     lines = finished.metrics()
     assert [m["step"] for m in lines if "loss" in m] == [4, 6, 8, 12, 16, 18, 20, 24]

@@ -27,6 +27,7 @@ from crosslens.coder import (
     fold,
     load,
     save,
+    train_pass,
     training_rows,
     unfold,
 )
@@ -307,7 +308,7 @@ def train_a_little(coder: Coder, case: Case, steps: int = 4) -> Coder:
     dead_L = torch.arange(coder.wiring.n_latents) % 2 == 0
     for step in range(steps):
         rows = training_rows(case.wiring, rows_of(case, 32, step), generator(step))
-        loss, parts = objective(coder.train().train_pass(rows, dead_L))
+        loss, parts = objective(train_pass(coder.train(), rows, dead_L))
         assert parts["aux"] > 0
         loss.backward()
         optimizer.step()

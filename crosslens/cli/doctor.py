@@ -26,7 +26,7 @@ from crosslens.cli.arguments import parse
 from crosslens.cli.console import print_json
 from crosslens.config import to_plain
 from crosslens.lm.builtin import BUILT_IN
-from crosslens.lm.gguf import cache_folder
+from crosslens.storage import cache_folder
 
 GB = 1e9
 CGROUP = Path("/sys/fs/cgroup")

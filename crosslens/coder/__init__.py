@@ -18,8 +18,9 @@ from crosslens.coder.biases import (
     geometric_median,
     set_firing_rate,
 )
-from crosslens.coder.coder import Coder, Pass
+from crosslens.coder.coder import Coder
 from crosslens.coder.folding import fold, unfold
+from crosslens.coder.gathering import Copies, RowGradients
 from crosslens.coder.initialise import (
     DataPoint,
     InitConfig,
@@ -31,6 +32,7 @@ from crosslens.coder.initialise import (
 )
 from crosslens.coder.layout import Group, Layout, View, Wiring
 from crosslens.coder.rows import Rows, all_rows, replacements, side_by_side, training_rows
+from crosslens.coder.training_pass import Pass, train_pass
 from crosslens.coder.wirings import (
     Causal,
     Crosscoder,
@@ -50,6 +52,7 @@ __all__ = [
     "Bias",
     "Causal",
     "Coder",
+    "Copies",
     "CrossLayer",
     "Crosscoder",
     "DataPoint",
@@ -66,6 +69,7 @@ __all__ = [
     "Layout",
     "Pass",
     "ReLU",
+    "RowGradients",
     "Rows",
     "TopK",
     "Transcoder",
@@ -86,6 +90,7 @@ __all__ = [
     "set_firing_rate",
     "share_start",
     "side_by_side",
+    "train_pass",
     "training_rows",
     "transpose_init",
     "unfold",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from crosslens import functional as F
 from crosslens.coder.activations import (
     KEPT,
     Activation,
@@ -15,26 +16,16 @@ from crosslens.coder.activations import (
     check_calibrated,
     check_fits,
 )
+from crosslens.coder.gathering import (
+    Copies,
+    RowGradients,
+    decoded,
+    decoded_columns,
+    padded,
+    product,
+)
 from crosslens.coder.layout import Group, Wiring
-from crosslens.coder.rows import Rows
 from crosslens.errors import UsageError
-
-
-@dataclass(frozen=True)
-class Pass:
-    """All that one training step shows to the terms of the objective, in scaled units."""
-
-    target_BY: Tensor
-    recon_BY: Tensor
-    pre_BL: Tensor
-    z_BL: Tensor
-    coder: Coder
-    skipped_BY: Tensor | None = None
-    """What the linear skip contributed to `recon_BY`, if there is one."""
-    dead_L: Tensor | None = None
-    """Latents that have not fired for long (bool)."""
-    progress: float = 1.0
-    """Share of the run that is done, in [0, 1]."""
 
 
 class Coder(nn.Module):
@@ -76,6 +67,9 @@ class Coder(nn.Module):
         """Share of the training that is done; annealed activations look at it."""
         self.compute_dtype: torch.dtype | None = None
         """Format of the large products; None is that of the weights."""
+        self.sparse_below = 0.0
+        """Training passes hold and multiply only the entries of codes that have a smaller share."""
+        self.copies = Copies()
         self._add_weights()
         n_read, n_write = len(wiring.read.sites), len(wiring.write.sites)
         self.register_buffer("scale_read", torch.ones(wiring.n_codes or n_read))
@@ -136,33 +130,30 @@ class Coder(nn.Module):
         """Raw activations at the sites read → their reconstruction at the sites written."""
         return self.decode(self.encode(x_BX, site_B), x_BX, site_B)
 
-    def train_pass(self, rows: Rows, dead_L: Tensor | None = None, progress: float = 1.0) -> Pass:
-        """One pass over raw rows with all that the objective's terms may need."""
-        self.progress = progress
-        x_BX = self.scaled_read(rows.x_BX, rows.site_B)
-        pre_BL = self.preactivations(x_BX)
-        z_BL = self.activate(pre_BL)
-        recon_BY = self.decode_scaled(z_BL).float() + self.b_dec
-        skipped_BY = self.skip(x_BX)
-        if skipped_BY is not None:
-            recon_BY = recon_BY + skipped_BY.float()
-        target_BY = self.scaled_write(rows.y_BY, rows.site_B)
-        return Pass(target_BY, recon_BY, pre_BL, z_BL, self, skipped_BY, dead_L, progress)
-
     def preactivations(self, x_BX: Float[Tensor, "b x"]) -> Float[Tensor, "b l"]:
         """W_enc·x + b_enc of scaled rows."""
+        return self.multiplied(self.group_rows(x_BX))
+
+    def group_rows(self, x_BX: Float[Tensor, "b x"]) -> tuple[Tensor, ...]:
+        """What each group of latents reads of scaled rows, in the products' format."""
         if self.center:
             x_BX = x_BX - self.b_dec  # both scaled, or both raw when folded
+        return tuple(self._read(x_BX, group) for group in self.wiring.groups)
+
+    def multiplied(self, rows: Sequence[Tensor]) -> Float[Tensor, "b l"]:
+        """W_enc·x + b_enc of what the groups read."""
         parts = [
-            self._read(x_BX, group) @ W_LX.to(self._product_dtype).T
-            for group, W_LX in zip(self.wiring.groups, self.W_enc, strict=True)
+            product(x_BX, W_LX, self.copies.of(W_LX, x_BX.dtype), turned=True)
+            for x_BX, W_LX in zip(rows, self.W_enc, strict=True)
         ]
         pre_BL = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-        return pre_BL + self.b_enc.to(pre_BL.dtype)
+        return pre_BL.add_(self.b_enc.to(pre_BL.dtype))
 
     def activate(self, pre_BL: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
         """σ of pre-activations."""
-        return self.activation(pre_BL, self.decoder_norms().detach().sum(-1), self)
+        with torch.no_grad():
+            norm_L = self.decoder_norms().sum(-1)
+        return self.activation(pre_BL, norm_L, self)
 
     def skip(self, x_BX: Float[Tensor, "b x"] | None) -> Tensor | None:
         """The linear skips' output [B, Y] for scaled rows; None where there is no skip."""
@@ -177,35 +168,66 @@ class Coder(nn.Module):
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
     def decode_scaled(
-        self, z_BL: Float[Tensor, "b l"], latents_L: Tensor | None = None
+        self,
+        code: F.Code,
+        latents_L: Tensor | None = None,
+        gradients: RowGradients | None = None,
     ) -> Float[Tensor, "b y"]:
         """W_decᵀ z, scaled, without bias and skip.
 
-        With `latents_L` (ascending numbers), the columns of `z_BL` are those latents only.
+        Args:
+            latents_L: if given (ascending numbers), the columns of `code`, a tensor, are those
+                latents only.
+            gradients: where the backward pass leaves the decoder's, if not in `.grad`. A sparse
+                code without it gives the decoder none.
         """
-        groups = enumerate(zip(self.wiring.groups, self.wiring.slices, self.W_dec, strict=True))
         if latents_L is None:
-            parts = [self.decode_run(z_BL[:, span], i) for i, (_, span, _) in groups]
+            runs = F.split_columns(code, [group.n_latents for group in self.wiring.groups])
+            parts = [self.decode_run(run, i, gradients=gradients) for i, run in enumerate(runs)]
         else:
-            z_BL = z_BL.to(self._product_dtype)
-            parts = []
-            for _, (group, span, W_LY) in groups:
-                inside = (latents_L >= span.start) & (latents_L < span.stop)
-                mine_BL, W_LY = padded(z_BL[:, inside], W_LY, latents_L[inside] - span.start)
-                part_BY = mine_BL @ W_LY.to(self._product_dtype)
-                parts.append(self._placed(tiled(part_BY, group.copies), group.writes))
+            assert isinstance(code, Tensor)
+            parts = self._decoded_columns(code.to(self._product_dtype), latents_L, gradients)
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
+    def _decoded_columns(
+        self, z_BL: Tensor, latents_L: Tensor, gradients: RowGradients | None
+    ) -> list[Tensor]:
+        parts = []
+        for group, span, W_LY in zip(
+            self.wiring.groups, self.wiring.slices, self.W_dec, strict=True
+        ):
+            inside = (latents_L >= span.start) & (latents_L < span.stop)
+            rows_L = latents_L[inside] - span.start
+            if gradients is None:
+                mine_BL, W_LY = padded(z_BL[:, inside], W_LY, rows_L)
+                part_BY = mine_BL @ W_LY.to(self._product_dtype)
+            else:
+                copy_LY = self.copies.of(W_LY, self._product_dtype)
+                part_BY = decoded_columns(z_BL[:, inside], rows_L, W_LY, copy_LY, gradients)
+            parts.append(self._placed(tiled(part_BY, group.copies), group.writes))
+        return parts
+
     def decode_run(
-        self, z_BL: Float[Tensor, "b l"], group: int, start: int = 0, *, frozen: bool = False
+        self,
+        run: F.Code,
+        group: int,
+        start: int = 0,
+        *,
+        frozen: bool = False,
+        gradients: RowGradients | None = None,
     ) -> Float[Tensor, "b y"]:
         """W_decᵀ z, scaled, of consecutive latents of one group, from its `start`-th on: as many as
-        `z_BL` has columns. No gradient reaches a `frozen` decoder."""
-        spec = self.wiring.groups[group]
-        W_LY = self.W_dec[group][start : start + z_BL.shape[-1]]
-        if frozen:
-            W_LY = W_LY.detach()
-        part_BY = z_BL.to(self._product_dtype) @ W_LY.to(self._product_dtype)
+        `run` has. No gradient reaches a `frozen` decoder."""
+        spec, weights_LY = self.wiring.groups[group], self.W_dec[group]
+        if isinstance(run, F.SparseCode):
+            copy_LY = self.copies.of(weights_LY, self._product_dtype)
+            to = None if frozen else gradients
+            part_BY = decoded(run.renumbered(start), weights_LY, copy_LY, to)
+        else:
+            at = slice(start, start + run.shape[-1])
+            W_LY = weights_LY.detach() if frozen else weights_LY
+            copy_LY = self.copies.of(weights_LY, self._product_dtype)
+            part_BY = product(run.to(copy_LY.dtype), W_LY[at], copy_LY[at], turned=False)
         return self._placed(tiled(part_BY, spec.copies), spec.writes)
 
     def decoder_norms(self) -> Float[Tensor, "l p"]:
@@ -281,17 +303,6 @@ class Coder(nn.Module):
 def tiled(value_BY: Tensor, copies: int) -> Tensor:
     """So many copies side by side; the tensor itself where there is one."""
     return value_BY if copies == 1 else value_BY.repeat(1, copies)
-
-
-def padded(z_BL: Tensor, W_LY: Tensor, rows_L: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors of z·W[rows], with zeros added up to the next power of two of rows.
-
-    The number of dead latents changes from step to step, and a CPU's matrix library keeps some
-    memory for each shape that it meets: without this, gigabytes in a few hundred steps.
-    """
-    n = len(rows_L)
-    extra = (1 << (n - 1).bit_length()) - n if n else 0
-    return nn.functional.pad(z_BL, (0, extra)), W_LY[nn.functional.pad(rows_L, (0, extra))]
 
 
 def sinusoids(n: int, width: int) -> Tensor:

@@ -24,11 +24,6 @@ def split_rows(value_BX: Tensor, size: int | None = None) -> tuple[Tensor, ...]:
     return tuple(value_BX.split(size or _block_rows(value_BX)))  # type: ignore[no-untyped-call]
 
 
-def fires(z_BL: Tensor) -> Tensor:
-    """Which latents are not zero in some row [L], without a mask of the whole code."""
-    return torch.stack([(block != 0).any(0) for block in split_rows(z_BL)]).any(0)
-
-
 def sum_rows(
     function: Callable[..., Tensor], rows: Tensor | tuple[Tensor, ...], *others: Tensor
 ) -> Tensor:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crosslens.functional.blocks import split_rows, upcast
+from crosslens.functional.code import SparseCode
 
 
 def jumprelu(
@@ -52,6 +53,18 @@ def count_active(
     """
     counts: tuple[Tensor, Tensor] = _Count.apply(pre_BL, threshold_L, bandwidth)  # type: ignore[no-untyped-call]
     return counts
+
+
+def count_active_entries(
+    code: SparseCode, threshold_L: Float[Tensor, " l"], bandwidth: float
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " l"]]:
+    """`count_active` of pre-activations of which only entries are known; these must hold all that
+    are above θ − ε/2."""
+    at_N = code.latents_N
+    _, active_N = count_active(code.pre_N[None], threshold_L[at_N], bandwidth)
+    count_B = active_N.new_zeros(len(code)).index_add(0, code.lists.items_N, active_N)
+    count_L = active_N.new_zeros(code.n_latents).index_add(0, at_N, active_N)
+    return count_B, count_L / len(code)
 
 
 class _JumpReLU(torch.autograd.Function):

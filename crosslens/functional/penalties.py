@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslens.functional.blocks import sum_rows, upcast
+from crosslens.functional.blocks import sum_rows
+from crosslens.functional.code import Code, SparseCode, sum_by_latent, sum_entries
 
 
-def l1_of_norms(z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"]) -> Float[Tensor, ""]:
+def l1_of_norms(code: Code, norm_L: Float[Tensor, " l"]) -> Float[Tensor, ""]:
     """mean_b Σ_l f_l n_l.
 
     With n_l = Σ_s ‖W_dec[l, s]‖ it is the penalty of crosscoders (Anthropic, October 2024); the
     sum over sites is what lets latents of one site or one model appear. With n_l the norm of the
     concatenation, that of cross-layer transcoders.
     """
-    return sum_rows(lambda z, n: (upcast(z) @ n).sum(), z_BL, norm_L) / len(z_BL)
+    return sum_entries(lambda z, n: z * n, code, norm_L) / len(code)
 
 
 def tanh_of_norms(
-    z_BL: Float[Tensor, "b l"],
+    code: Code,
     norm_L: Float[Tensor, " l"],
     weight_L: Float[Tensor, " l"],
     c: float,
 ) -> Float[Tensor, ""]:
     """mean_b Σ_l w_l tanh(c f_l n_l) (*Circuits Updates*, Anthropic, January 2025)."""
-    total = sum_rows(lambda z, n, w: (torch.tanh(z * n) @ w).sum(), z_BL, c * norm_L, weight_L)
-    return total / len(z_BL)
+    total = sum_entries(lambda z, n, w: torch.tanh(z * n) * w, code, c * norm_L, weight_L)
+    return total / len(code)
 
 
-def tanh_frequency(
-    z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"], c: float
-) -> Float[Tensor, " l"]:
+def tanh_frequency(code: Code, norm_L: Float[Tensor, " l"], c: float) -> Float[Tensor, " l"]:
     """p̂_l = mean_b tanh(c f_l n_l): about how often each latent fires."""
-    return sum_rows(lambda z, n: torch.tanh(z * n).sum(0), z_BL, c * norm_L) / len(z_BL)
+    return sum_by_latent(lambda z, n: torch.tanh(z * n), code, c * norm_L) / len(code)
 
 
 def quadratic_frequency(frequency_L: Float[Tensor, " l"], scale: float) -> Float[Tensor, ""]:
@@ -59,25 +60,25 @@ def preactivation_gap(
     return total / len(pre_BL)
 
 
-def power_of_norms(
-    z_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"], p: float
-) -> Float[Tensor, ""]:
+def power_of_norms(code: Code, norm_L: Float[Tensor, " l"], p: float) -> Float[Tensor, ""]:
     """mean_b Σ_l |f_l n_l|^p, 0 < p ≤ 1 (p-annealing; Karvonen et al. 2024, 2408.00113).
 
     The slope at 0 is infinite for p < 1; latents that do not fire get none.
     """
 
-    def power(z_BL: Tensor, norm_L: Tensor) -> Tensor:
-        score_BL = (z_BL * norm_L).abs()
-        fires_BL = score_BL > 0
-        return score_BL.where(fires_BL, 1.0).pow(p).where(fires_BL, 0.0).sum()
+    def power(z: Tensor, norm: Tensor) -> Tensor:
+        score = (z * norm).abs()
+        active = score > 0
+        return score.where(active, 1.0).pow(p).where(active, 0.0)
 
-    return sum_rows(power, z_BL, norm_L) / len(z_BL)
+    return sum_entries(power, code, norm_L) / len(code)
 
 
-def rectified_l1(pre_BL: Float[Tensor, "b l"], norm_L: Float[Tensor, " l"]) -> Float[Tensor, ""]:
+def rectified_l1(
+    pre: Float[Tensor, "b l"] | SparseCode, norm_L: Float[Tensor, " l"]
+) -> Float[Tensor, ""]:
     """mean_b Σ_l ReLU(π_l) n_l of the gate's pre-activations (Rajamanoharan et al. 2024, Gated
     SAEs, eq. 8, whose decoders have norm 1)."""
-    return sum_rows(lambda pre, n: (upcast(torch.relu(pre)) @ n).sum(), pre_BL, norm_L) / len(
-        pre_BL
-    )
+    if isinstance(pre, SparseCode):
+        pre = replace(pre, values_N=pre.pre_N)
+    return sum_entries(lambda pi, n: torch.relu(pi) * n, pre, norm_L) / len(pre)

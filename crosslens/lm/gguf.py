@@ -16,19 +16,11 @@ from typing import Any
 from crosslens.device import resolve_dtype
 from crosslens.errors import CrosslensError
 from crosslens.lm.loading import load_causal_lm, load_tokenizer, quiet_transformers, short
-from crosslens.storage import replace_folder
+from crosslens.storage import cache_folder, replace_folder
 
 _MAGIC = b"GGUF"
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, RuntimeError, ArithmeticError, struct.error)
 """What transformers and gguf raise on files that are cut short or not what they claim."""
-
-
-def cache_folder() -> Path:
-    """`$CROSSLENS_CACHE`, else `$XDG_CACHE_HOME/crosslens`, else `~/.cache/crosslens`."""
-    if own := os.environ.get("CROSSLENS_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "crosslens"
 
 
 def file_hash(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 
@@ -23,9 +23,9 @@ class AdamWithoutMoment(torch.optim.Optimizer):
         for group in self.param_groups:
             moved = [p for p in group["params"] if p.grad is not None]
             for p in moved:
-                if not self.state[p]:
-                    self.state[p]["step"] = torch.zeros((), device=p.device)
-                    self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+                state = self.begun(p)
+                if "seen" in state:
+                    self._settle(state, group["beta2"])
             grads = [p.grad for p in moved]
             adam(
                 moved,
@@ -43,6 +43,20 @@ class AdamWithoutMoment(torch.optim.Optimizer):
                 eps=group["eps"],
                 maximize=False,
             )
+
+    def begun(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What is kept for a parameter; zeros at first."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _settle(self, state: dict[str, Tensor], beta2: float) -> None:
+        """Make up for the decay of rows that were left alone, before a step of all rows."""
+        behind_L = (state["step"] - state["seen"]).to(state["exp_avg_sq"].dtype)
+        state["exp_avg_sq"].mul_((beta2**behind_L)[:, None])
+        state["seen"].fill_(int(state["step"]) + 1)
 
 
 class ScheduleFreeSign(torch.optim.Optimizer):

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from crosslens import functional as F
-from crosslens.coder import Coder, JumpReLU, Pass, training_rows
+from crosslens.coder import Coder, JumpReLU, Pass, train_pass, training_rows
 from crosslens.errors import Diverged, Interrupted
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
 from crosslens.training.optimizers import new_optimizer
+from crosslens.training.row_steps import Gathered, clipped, separate
 from crosslens.training.schedule import length_in_steps, share_of_run, warmup_then_decay
 from crosslens.training.upkeep import (
     as_saved,
@@ -162,24 +163,36 @@ def _step(config: TrainConfig, state: TrainState, x_BX: Tensor) -> _Step:
     # From seed and step alone, so that going on after a stop draws the same.
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + state.step)
     rows = training_rows(coder.wiring, x_BX, generator)
-    shown = coder.train_pass(rows, dead_L, state.step / config.fit.steps)
+    done, whole = state.step / config.fit.steps, config.objective.needs_all_latents
+    shown = train_pass(coder, rows, dead_L, done, all_latents=whole)
     loss, parts = config.objective(shown)
     loss.backward()  # type: ignore[no-untyped-call]
-    if config.coder.unit_norm:  # in this order (Gao et al. 2024): the step may leave norm 1 again
-        renormalise_decoder(coder)
-        project_decoder_gradient(coder)
-    clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
-    grad = torch.nn.utils.clip_grad_norm_(coder.parameters(), clip)
     factor = _rate(config, state.step)
-    state.optimizer.step(factor)
-    fired_L = F.fires(shown.z_BL)
-    state.idle_L.add_(len(shown.z_BL)).masked_fill_(fired_L, 0)
+    grad, gathered = _gradients(config, coder, shown)
+    state.optimizer.step(factor, gathered)
+    fired_L = F.fires(shown.code)
+    state.idle_L.add_(len(shown.code)).masked_fill_(fired_L, 0)
     resampled = 0
     if _resamples(config, state.step + 1):
         dead_L = state.idle_L >= config.fit.dead_after
         resampled = resample(state, rows, shown, dead_L, generator)
     lr = config.optimizer.lr * factor
     return _Step(shown, parts, loss.detach(), grad, lr, resampled)
+
+
+def _gradients(config: TrainConfig, coder: Coder, shown: Pass) -> tuple[Tensor, Gathered | None]:
+    """The norm of all gradients, which are then projected and clipped, and those that are not in
+    `.grad`."""
+    unit_norm = config.coder.unit_norm
+    gathered = None
+    if shown.gradients is not None:
+        fixed = frozenset(coder.W_dec) if unit_norm else frozenset()
+        gathered = separate(Gathered(shown.gradients.by_latent(), fixed))
+    if unit_norm:  # in this order (Gao et al. 2024): the step may leave norm 1 again
+        renormalise_decoder(coder)
+        project_decoder_gradient(coder)
+    clip = math.inf if config.optimizer.clip is None else config.optimizer.clip
+    return clipped(coder.parameters(), gathered, clip)
 
 
 def _resamples(config: TrainConfig, done: int) -> bool:
@@ -197,7 +210,7 @@ def _measured(config: TrainConfig, state: TrainState, last: _Step) -> Metrics:
         "loss": last.loss,
         **last.parts,
         "fvu": error / spread,
-        "l0": torch.count_nonzero(shown.z_BL) / len(shown.z_BL),
+        "l0": F.count_entries(shown.code) / len(shown.code),
         "dead": (state.idle_L >= config.fit.dead_after).float().mean(),
         "grad_norm": last.grad,
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from crosslens.coder import Coder
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.training.descent import AdamWithoutMoment, ScheduleFreeSign
+from crosslens.training.row_steps import Gathered, step_rows
 from crosslens.training.schedule import Rise, Span, check_span, length_in_steps
 
 
@@ -137,14 +138,30 @@ class Optimizer:
         self.lr = config.lr
         self.parameters = tuple(coder.parameters())
         self.parts = config.build(coder)
+        self._copies = coder.copies
 
-    def step(self, factor: float) -> None:
-        """Step by `factor` times the configured rate, and drop the gradients."""
+    def step(self, factor: float, gathered: Gathered | None = None) -> None:
+        """Step by `factor` times the configured rate, and drop the gradients.
+
+        Args:
+            gathered: gradients that are not in `.grad`.
+        """
         for part in self.parts:
             for group in part.param_groups:
                 group["lr"] = self.lr * factor
+            if gathered is not None:
+                self._step_rows(part, gathered)
             part.step()
             part.zero_grad(set_to_none=True)
+
+    def _step_rows(self, part: torch.optim.Optimizer, gathered: Gathered) -> None:
+        """Adam takes the rows as they are; other optimisers get them summed."""
+        for group in part.param_groups:
+            for parameter in (p for p in group["params"] if p in gathered.gradients):
+                if isinstance(part, torch.optim.Adam | AdamWithoutMoment):
+                    step_rows(part, group, parameter, gathered, self._copies)
+                else:
+                    parameter.grad = gathered.summed(parameter)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -186,7 +203,7 @@ class Optimizer:
             index, _, name = key.partition(".")
             place = int(index) if index.isdigit() else len(self.parameters)
             if place >= len(self.parameters) or (
-                value.dim() and value.shape != self.parameters[place].shape
+                value.dim() and value.shape != self.parameters[place].shape[: value.dim()]
             ):
                 raise CrosslensError(f"{source} does not fit this run's coder.")
             states.setdefault(place, {})[name] = value

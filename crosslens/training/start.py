@@ -1,4 +1,4 @@
-"""Start a coder as its configuration says."""
+"""Start a coder, and its training, as its configuration says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,26 @@ from crosslens.coder import (
     share_start,
     zero_decoders,
 )
+from crosslens.device import resolve_dtype
+from crosslens.kernels.choice import break_even
+from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
+from crosslens.training.optimizers import new_optimizer
 from crosslens.training.upkeep import renormalise_decoder
+
+
+def first_state(coder: Coder, config: TrainConfig, sparse_below: float | None = None) -> TrainState:
+    """A coder that has its first weights, on its device, as a training that has not begun.
+
+    Args:
+        sparse_below: the share of entries below which passes hold only those; None: as is fastest
+            on this machine.
+    """
+    device, dtype = coder.b_enc.device, resolve_dtype(config.fit.dtype)
+    coder.compute_dtype = dtype
+    coder.sparse_below = break_even(dtype, device) if sparse_below is None else sparse_below
+    idle_L = torch.zeros(coder.wiring.n_latents, dtype=torch.int64, device=device)
+    return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
 
 
 @torch.no_grad()

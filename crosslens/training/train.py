@@ -13,7 +13,7 @@ from torch import Tensor
 from crosslens.activations import Calibration, Counts, Ring, Source, calibrate, site_layout
 from crosslens.coder import Coder, save
 from crosslens.config import from_plain
-from crosslens.device import resolve_device, resolve_dtype
+from crosslens.device import resolve_device
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.evaluation import reconstruction
 from crosslens.lm import LanguageModel, open_model, tokenizer_hash
@@ -21,9 +21,9 @@ from crosslens.storage import save_json
 from crosslens.text import Blocks, build_blocks
 from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
 from crosslens.training.config import TrainConfig
-from crosslens.training.fit import Hooks, Metrics, fit, new_optimizer
+from crosslens.training.fit import Hooks, Metrics, fit
 from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
-from crosslens.training.start import draw_weights, set_biases
+from crosslens.training.start import draw_weights, first_state, set_biases
 from crosslens.training.upkeep import as_saved
 
 Models = Mapping[str, LanguageModel]
@@ -109,7 +109,7 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
     calibration, sample_RX = _calibration(run, config, source, models, report)
     source = replace(source, median_P=torch.tensor(calibration.median))
     device = resolve_device(config.fit.device)
-    state = _new_state(config, source, calibration, sample_RX, device)
+    state = _new_state(run, config, source, calibration, sample_RX)
     capacity = int(config.fit.buffer_gb * 1e9 / (2 * source.layout.width))
     ring = Ring(source, capacity, config.fit.batch, config.seed)
     position, complaints = restore_newest(run.folder / "checkpoints", state)
@@ -172,12 +172,13 @@ def _calibration(
 
 
 def _new_state(
+    run: Run,
     config: TrainConfig,
     source: Source,
     calibration: Calibration,
     sample_RX: Tensor | None,
-    device: torch.device,
 ) -> TrainState:
+    device = resolve_device(config.fit.device)
     coder = Coder(
         config.wiring(source.layout, config.coder.latents),
         config.coder.activation,
@@ -190,9 +191,10 @@ def _new_state(
     coder.to(device)
     if sample_RX is not None:
         set_biases(coder, config, sample_RX.to(device))
-    coder.compute_dtype = resolve_dtype(config.fit.dtype)
-    idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
-    return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+    # Kept for the whole run: another machine may find another share, and round otherwise.
+    state = first_state(coder, config, run.record().get("sparse_below"))
+    extend_record(run, {"sparse_below": coder.sparse_below})
+    return state
 
 
 def _heldout_rows(source: Source, wanted: int, device: torch.device) -> Tensor:

@@ -26,6 +26,7 @@ __all__ = [
     "activation_parameters",
     "check_calibrated",
     "check_fits",
+    "entries_per_row",
     "k_at",
 ]
 
@@ -48,6 +49,18 @@ def activation_parameters(activation: Activation, n_latents: int) -> dict[str, t
             return {"threshold": (torch.tensor(torch.nan), False)}
         case _:
             return {}
+
+
+def entries_per_row(activation: Activation, progress: float) -> int | None:
+    """How many entries of a row are not 0, at most, or in the mean of a batch; None where that is
+    not set."""
+    match activation:
+        case TopK() | BatchTopK():
+            return k_at(activation, progress)
+        case AbsTopK() | GroupMax():
+            return activation.k
+        case _:
+            return None
 
 
 def check_fits(activation: Activation, n_latents: int) -> None:

@@ -6,11 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from crosslens import functional as F
+from crosslens import kernels
 from crosslens.coder.activations.state import State
 from crosslens.errors import UsageError
+from crosslens.functional.gathers import Lists
 
 _PUBLISHED = {
     "deepmind": {"initial_threshold": 0.001, "bandwidth": 0.001},
@@ -24,6 +27,14 @@ class ReLU:
 
     def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         return F.relu(pre_BL)
+
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0."""
+        return kernels.above(pre_BL, torch.zeros_like(norm_L))
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        return pre_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,20 @@ class JumpReLU:
         assert state.threshold is not None
         return F.jumprelu(pre_BL, state.threshold, self.epsilon, self.input_gradient)
 
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0, or the threshold has a gradient."""
+        return kernels.above(pre_BL, self.thresholds(state).detach() - self.epsilon / 2)
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        if self.form == "anthropic":
+            assert state.log_threshold is not None
+            t_N, form = state.log_threshold[latents_N], F.jumprelu_log
+            return form(pre_N[None], t_N, self.epsilon, self.input_gradient)[0]
+        assert state.threshold is not None
+        theta_N = state.threshold[latents_N]
+        return F.jumprelu(pre_N[None], theta_N, self.epsilon, self.input_gradient)[0]
+
     def thresholds(self, state: State) -> Tensor:
         """θ per latent [L], with its gradient to what is learnt."""
         if self.form == "anthropic":
@@ -109,3 +134,14 @@ class Gated:
         assert state.r_mag is not None
         assert state.b_mag is not None
         return F.gated(pre_BL, state.b_enc, state.r_mag, state.b_mag)
+
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the gate is open."""
+        return kernels.above(pre_BL, torch.zeros_like(norm_L))
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        assert state.r_mag is not None
+        assert state.b_mag is not None
+        per_latent = (state.b_enc, state.r_mag, state.b_mag)
+        return F.gated(pre_N[None], *(value_L[latents_N] for value_L in per_latent))[0]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from crosslens import functional as F
+from crosslens import kernels
 from crosslens.coder.activations.state import State
 from crosslens.errors import UsageError
+from crosslens.functional.gathers import Lists, starts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,14 @@ class TopK:
         select = F.signed_topk if self.signed else F.topk
         return select(pre_BL, k_at(self, state.progress))
 
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0."""
+        return kernels.largest(pre_BL, k_at(self, state.progress), positive=not self.signed)
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        return pre_N
+
 
 @dataclass(frozen=True, kw_only=True)
 class AbsTopK:
@@ -43,6 +54,14 @@ class AbsTopK:
 
     def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         return F.abs_topk(pre_BL, self.k)
+
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0."""
+        return kernels.largest(pre_BL, self.k, absolute=True)
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        return pre_N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +87,26 @@ class BatchTopK:
         if not state.training:
             return F.above_threshold(pre_BL, norm_L, state.threshold)
         z_BL, kept = F.batch_topk(pre_BL, norm_L, k_at(self, state.progress))
-        # In place and without branching on values: a GPU need not wait for the answer.
-        old = state.threshold.where(state.threshold.isfinite(), kept)
-        decay = self.threshold_decay
-        state.threshold.copy_(old * decay + kept.to(old.dtype) * (1 - decay))
+        self._move(state.threshold, kept)
         return z_BL
+
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0; a training step moves the threshold."""
+        assert state.threshold is not None
+        wanted = len(pre_BL) * k_at(self, state.progress)
+        lists, kept = kernels.largest_of_batch(pre_BL, norm_L, wanted)
+        self._move(state.threshold, kept)
+        return lists
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        return pre_N
+
+    def _move(self, threshold: Tensor, kept: Tensor) -> None:
+        # In place and without branching on values: a GPU need not wait for the answer.
+        old = threshold.where(threshold.isfinite(), kept)
+        decay = self.threshold_decay
+        threshold.copy_(old * decay + kept.to(old.dtype) * (1 - decay))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +121,19 @@ class GroupMax:
 
     def __call__(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Tensor:
         return F.group_max(pre_BL, self.k)
+
+    def entries(self, pre_BL: Tensor, norm_L: Tensor, state: State) -> Lists:
+        """Where the code may be other than 0."""
+        n_rows, n_latents = pre_BL.shape
+        inside_BK = pre_BL.view(n_rows, self.k, n_latents // self.k).max(-1)
+        starts_K = torch.arange(self.k, device=pre_BL.device) * (n_latents // self.k)
+        on_BK = ~(inside_BK.values <= 0)
+        counts_B = on_BK.sum(-1)
+        return Lists(starts_of(counts_B), (inside_BK.indices + starts_K)[on_BK].int())
+
+    def of_entries(self, pre_N: Tensor, latents_N: Tensor, state: State) -> Tensor:
+        """The code at those places."""
+        return pre_N
 
 
 def k_at(activation: TopK | BatchTopK, progress: float) -> int:

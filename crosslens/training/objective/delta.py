@@ -44,9 +44,9 @@ class Delta:
         coder = step.coder
         half = coder.wiring.write.width // 2
         rest_BY = step.target_BY - coder.b_dec
+        runs = F.split_columns(step.code, [group.n_latents for group in coder.wiring.groups])
         for i in unshared_groups(coder.wiring):
-            span = coder.wiring.slices[i]
-            rest_BY = rest_BY - F.upcast(coder.decode_run(step.z_BL[:, span], i))
+            rest_BY = rest_BY - F.upcast(step.decode_run(runs[i], i))
         error = (rest_BY[:, half:] - rest_BY[:, :half]).square().sum(-1).mean()
         return error / F.variance(step.target_BY) if self.normalize else error
 

@@ -51,6 +51,11 @@ class Objective:
             if term.weight > 0:
                 yield field.name, term
 
+    @property
+    def needs_all_latents(self) -> bool:
+        """Whether a term has a gradient to pre-activations of latents that are far from firing."""
+        return self.pre_act.weight > 0
+
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
         """Refuse, with a UsageError that names the field, a coder that cannot be trained so."""
         on = dict(self.active())

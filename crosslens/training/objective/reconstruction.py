@@ -10,6 +10,7 @@ from itertools import accumulate
 from torch import Tensor
 
 from crosslens import functional as F
+from crosslens import kernels
 from crosslens.coder import Activation, LayerConditioned, Pass, TopK, Wiring, WiringConfig
 from crosslens.coder.activations import k_at
 from crosslens.errors import UsageError, suggestion
@@ -106,13 +107,13 @@ class Matryoshka:
     def __call__(self, step: Pass) -> Tensor:
         coder = step.coder
         sizes = [self.runs(group.n_latents) for group in coder.wiring.groups]
-        runs = iter(step.z_BL.split([n for group in sizes for n in group], -1))  # type: ignore[no-untyped-call]
+        runs = iter(F.split_columns(step.code, [n for group in sizes for n in group]))
         parts: list[Tensor | None] = [None] * len(self.fractions)
         for i, group in enumerate(sizes):
             for j, (n, start) in enumerate(zip(group, accumulate((0, *group)), strict=False)):
-                run_BL = next(runs)
+                run = next(runs)
                 if n:
-                    part_BY = F.upcast(coder.decode_run(run_BL, i, start))
+                    part_BY = F.upcast(step.decode_run(run, i, start))
                     known = parts[j]
                     parts[j] = part_BY if known is None else known + part_BY
         fixed_BY = coder.b_dec if step.skipped_BY is None else coder.b_dec + step.skipped_BY
@@ -158,7 +159,12 @@ class MultiTopK:
             return (wanted_BY - recon_BY).square().sum()
 
         wanted_BY = step.target_BY - fixed_BY
-        value = F.sum_rows(error, (step.pre_BL, wanted_BY)) / len(wanted_BY)
+        if step.known is None:
+            value = F.sum_rows(error, (step.pre_BL, wanted_BY)) / len(wanted_BY)
+        else:
+            lists = kernels.largest(step.pre_BL, k, positive=not activation.signed)
+            left_BY = wanted_BY - step.decode(step.entries(lists))
+            value = left_BY.square().sum() / len(wanted_BY)
         return value / F.variance(step.target_BY) if self.normalize else value
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
@@ -197,9 +203,10 @@ class AuxK:
         if not len(dead):
             return step.recon_BY.new_zeros(())
         # Only columns of dead latents: narrow, so nothing need be computed again for the gradient.
-        code_BD = F.topk(step.pre_BL[:, dead], min(self.k, len(dead)))
+        k = min(self.k, len(dead))
+        recon_BY = step.decode_columns(F.topk(step.columns(dead), k), dead)
         error_BY = (step.target_BY - step.recon_BY).detach()
-        left_BY = error_BY - F.upcast(step.coder.decode_scaled(code_BD, dead))
+        left_BY = error_BY - F.upcast(recon_BY)
         return F.share_of_residual(left_BY.square().sum(), error_BY)
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:

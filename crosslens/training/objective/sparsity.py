@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from crosslens import functional as F
@@ -42,7 +43,7 @@ class NormL1:
 
     def __call__(self, step: Pass) -> Tensor:
         norm_L = latent_norms(step.coder, self.norm)
-        return F.l1_of_norms(step.z_BL, norm_L * factor_per_latent(step.coder, self.group_factors))
+        return F.l1_of_norms(step.code, norm_L * factor_per_latent(step.coder, self.group_factors))
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
         check_not_signed("objective.l1", activation)
@@ -72,7 +73,7 @@ class Tanh:
 
     def __call__(self, step: Pass) -> Tensor:
         factor_L = factor_per_latent(step.coder, self.group_factors)
-        return F.tanh_of_norms(step.z_BL, latent_norms(step.coder, self.norm), factor_L, self.c)
+        return F.tanh_of_norms(step.code, latent_norms(step.coder, self.norm), factor_L, self.c)
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
         check_not_signed("objective.tanh", activation)
@@ -104,7 +105,7 @@ class QuadraticTanh:
         check_positive(self, "objective.quadratic_tanh", "c", "scale")
 
     def __call__(self, step: Pass) -> Tensor:
-        rate_L = F.tanh_frequency(step.z_BL, latent_norms(step.coder, self.norm), self.c)
+        rate_L = F.tanh_frequency(step.code, latent_norms(step.coder, self.norm), self.c)
         return F.quadratic_frequency(rate_L, self.scale)
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
@@ -144,10 +145,11 @@ class PAnneal:
     def __call__(self, step: Pass) -> Tensor:
         norm_L = latent_norms(step.coder, "sum")
         p = self.power(step.progress)
-        value = F.power_of_norms(step.z_BL, norm_L, p)
+        value = F.power_of_norms(step.code, norm_L, p)
         if p == 1 or not self.rescale:
             return value
-        plain = F.power_of_norms(step.z_BL.detach(), norm_L.detach(), 1.0)
+        with torch.no_grad():
+            plain = F.power_of_norms(step.code, norm_L, 1.0)
         return value * (plain / value.detach().clamp_min(1e-30))
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:

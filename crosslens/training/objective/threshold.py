@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,7 +69,11 @@ class L0:
     def __call__(self, step: Pass) -> Tensor:
         activation = step.coder.activation
         assert isinstance(activation, JumpReLU)
-        count_B, rate_L = F.count_active(step.pre_BL, _thresholds(step), activation.epsilon)
+        if isinstance(step.code, F.SparseCode):
+            found = F.count_active_entries(step.code, _thresholds(step), activation.epsilon)
+        else:
+            found = F.count_active(step.pre_BL, _thresholds(step), activation.epsilon)
+        count_B, rate_L = found
         if self.target is not None:
             count_B = 2 / self.target * (count_B - self.target).square()
         dense = torch.relu(rate_L - self.density_limit).sum()
@@ -99,7 +103,8 @@ class GatedL1:
         check_weight(self, "objective.gated_l1")
 
     def __call__(self, step: Pass) -> Tensor:
-        return F.rectified_l1(step.pre_BL, latent_norms(step.coder, self.norm))
+        pre = step.code if isinstance(step.code, F.SparseCode) else step.pre_BL
+        return F.rectified_l1(pre, latent_norms(step.coder, self.norm))
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
         _needs_gated("objective.gated_l1", activation)
@@ -128,13 +133,21 @@ class GatedAux:
         if step.skipped_BY is not None:
             wanted_BY = wanted_BY - step.skipped_BY.detach()
 
-        def error(pre_BL: Tensor, wanted_BY: Tensor) -> Tensor:
-            z_BL = torch.relu(pre_BL)
-            for i, span in enumerate(coder.wiring.slices):
-                wanted_BY = wanted_BY - F.upcast(coder.decode_run(z_BL[:, span], i, frozen=True))
+        def error(code: F.Code, wanted_BY: Tensor) -> Tensor:
+            runs = F.split_columns(code, [group.n_latents for group in coder.wiring.groups])
+            for i, run in enumerate(runs):
+                wanted_BY = wanted_BY - F.upcast(coder.decode_run(run, i, frozen=True))
             return wanted_BY.square().sum()
 
-        value = F.sum_rows(error, (step.pre_BL, wanted_BY)) / len(wanted_BY)
+        if isinstance(step.code, F.SparseCode):
+            open_code = replace(step.code, values_N=torch.relu(step.code.pre_N))
+            value = error(open_code, wanted_BY) / len(wanted_BY)
+        else:
+
+            def rectified(pre_BL: Tensor, wanted_BY: Tensor) -> Tensor:
+                return error(torch.relu(pre_BL), wanted_BY)
+
+            value = F.sum_rows(rectified, (step.pre_BL, wanted_BY)) / len(wanted_BY)
         return value / F.variance(step.target_BY) if self.normalize else value
 
     def check(self, activation: Activation, wiring: WiringConfig) -> None:
