@@ -148,14 +148,37 @@ def test_a_code_turns_sparse_once_few_entries_are_left(name):
             assert (shown.known is None) == (bias > 0)
 
 
-@pytest.mark.parametrize("name", ["topk_sae", "batchtopk_diff", "clt_topk"])
-def test_the_copies_are_the_weights(name):
-    """After steps that wrote weights and copies together, and after one that wrote weights only."""
-    state, stream, config = fresh_run(config_of(name, SIZES), SCHEMES[name], dtype="bfloat16")
-    state.coder.sparse_below = 1.1
+@pytest.mark.parametrize("below", [0.0, 1.1])
+@pytest.mark.parametrize(
+    "name", ["topk_sae", "batchtopk_diff", "clt_topk", "gated_sae", "jumprelu_l0", "l1_crosscoder"]
+)
+@pytest.mark.parametrize("optimizer", [Adam(), Adam(beta1=0.0), Muon()], ids=["", "one", "muon"])
+def test_the_copies_are_the_weights(name, below, optimizer):
+    """After steps of torch's optimisers, which do not all tell that they changed the weights;
+    after steps that wrote weights and copies together; and after the weights alone were changed."""
+    made = replace(config_of(name, SIZES), optimizer=optimizer)
+    state, stream, config = fresh_run(made, SCHEMES[name], dtype="bfloat16")
+    state.coder.sparse_below = below
     fit(replace(config, fit=replace(config.fit, steps=3)), state, stream, SILENT)
     for weights in (*state.coder.W_enc, *state.coder.W_dec):
         assert torch.equal(state.coder.copies.held(weights), weights.bfloat16())
         with torch.no_grad():
             weights.mul_(1.5)
         assert torch.equal(state.coder.copies.of(weights, torch.bfloat16), weights.bfloat16())
+
+
+@pytest.mark.parametrize("optimizer", [Adam(), Adam(beta1=0.0)], ids=["adam", "no first moment"])
+@pytest.mark.parametrize("name", ["topk_sae", "gated_sae", "jumprelu_l0"])
+def test_whole_and_sparse_steps_can_take_turns(name, optimizer):
+    """Rows that sparse steps left alone have their decay made up for."""
+    made = replace(config_of(name, SIZES), optimizer=optimizer)
+    found = []
+    for turns in ((0.0,) * 6, (0.0, 1.1, 1.1, 0.0, 0.0, 1.1)):
+        state, stream, config = fresh_run(made, SCHEMES[name])
+        for step, below in enumerate(turns, 1):
+            state.coder.sparse_below = below
+            stream.rows_BX = torch.randn(96, 12, generator=torch.Generator().manual_seed(step))
+            fit(replace(config, fit=replace(config.fit, steps=step)), state, stream, SILENT)
+        found.append(state.coder.state_dict())
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=5e-5, msg=key)

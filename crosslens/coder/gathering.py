@@ -15,32 +15,45 @@ from crosslens.functional.gathers import Lists, starts_of
 
 
 class Copies:
-    """Weights in the format of the products, made again only when the weights have changed."""
+    """Weights in the format of the products.
+
+    A copy is made each time it is asked for, unless the optimiser has vouched for it and no
+    operation of torch has changed the weights since. That torch counts such changes is not enough:
+    its fused optimisers do not.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[nn.Parameter, tuple[object, Tensor]] = {}
+        self._kept: dict[nn.Parameter, Tensor] = {}
+        self._vouched: dict[nn.Parameter, object] = {}
 
     def of(self, weights: nn.Parameter, dtype: torch.dtype) -> Tensor:
         """The weights themselves where they have that format."""
         if weights.dtype == dtype:
             return weights.detach()
-        made, copy = self._kept.get(weights, (None, None))
+        copy = self._kept.get(weights)
         if copy is None or copy.dtype != dtype or copy.device != weights.device:
             copy = torch.empty_like(weights, dtype=dtype, requires_grad=False)
-        if made != _state(weights):
+            self._kept[weights] = copy
+            self._vouched.pop(weights, None)
+        if self._vouched.get(weights) != _state(weights):
             copy.copy_(weights.detach())
-            self._kept[weights] = (_state(weights), copy)
         return copy
 
     def held(self, weights: nn.Parameter) -> Tensor | None:
         """The copy as it was last made, for a caller who is about to write all of it."""
-        return self._kept[weights][1] if weights in self._kept else None
+        return self._kept.get(weights)
 
-    def stepped(self, weights: nn.Parameter) -> None:
-        """The weights and their copy have just been written together."""
+    def vouch(self, weights: nn.Parameter) -> None:
+        """The weights and their copy, if there is one, have just been written together."""
         torch.autograd.graph.increment_version(weights)
-        if weights in self._kept:
-            self._kept[weights] = (_state(weights), self._kept[weights][1])
+        self._vouched[weights] = _state(weights)
+
+    def renew(self, weights: nn.Parameter) -> None:
+        """The weights have been stepped, and their copy, if there is one, has not."""
+        copy = self._kept.get(weights)
+        if copy is not None:
+            copy.copy_(weights.detach())
+            self.vouch(weights)
 
 
 def _state(weights: Tensor) -> object:

@@ -152,6 +152,9 @@ class Optimizer:
             if gathered is not None:
                 self._step_rows(part, gathered)
             part.step()
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                if parameter.grad is not None:
+                    self._copies.renew(parameter)
             part.zero_grad(set_to_none=True)
 
     def _step_rows(self, part: torch.optim.Optimizer, gathered: Gathered) -> None:

@@ -103,7 +103,7 @@ def step_rows(
         projected=parameter in gathered.projected,
     )
     kernels.adam_rows(gradient, kept, how)
-    copies.stepped(parameter)
+    copies.vouch(parameter)
 
 
 def _state(
