@@ -93,9 +93,14 @@ def press_ctrl_c_at(step: int):
     return report
 
 
+@pytest.mark.parametrize("below", [0.0, 1.1], ids=["whole", "entries"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("coder", "optimizer", "every"), CASES.values(), ids=CASES)
-def test_stopped_and_resumed_is_uninterrupted(tiny_model_folder, tmp_path, coder, optimizer, every):
-    config = run_config(tiny_model_folder, coder, optimizer, resample_every=every, **SHORT)
+def test_stopped_and_resumed_is_uninterrupted(
+    tiny_model_folder, tmp_path, coder, optimizer, every, dtype, below
+):
+    changes = {**SHORT, "dtype": dtype, "sparse_below": below}
+    config = run_config(tiny_model_folder, coder, optimizer, resample_every=every, **changes)
     models = open_models(config)
     whole = create_run(tmp_path / "whole", config)
     train(whole, models)
@@ -108,6 +113,21 @@ def test_stopped_and_resumed_is_uninterrupted(tiny_model_folder, tmp_path, coder
     assert [m for m in run.metrics() if m["step"] != 9] == whole.metrics()
     if every:
         assert any("resampled" in m for m in whole.metrics()), "otherwise this shows nothing"
+
+
+def test_a_run_keeps_what_was_fastest_when_it_began(tiny_model_folder, tmp_path, monkeypatch):
+    """Another machine may round otherwise, but it does not take another path."""
+    config = run_config(tiny_model_folder, TOPK, Adam(warmup=3), **SHORT)
+    models = open_models(config)
+    found = []
+    monkeypatch.setattr("crosslens.training.start.break_even", lambda *_: found.append(1) or 0.7)
+    run = create_run(tmp_path / "run", config)
+    with pytest.raises(Interrupted):
+        train(run, models, press_ctrl_c_at(8))
+    assert found
+    monkeypatch.setattr("crosslens.training.start.break_even", lambda *_: 0.1)
+    train(open_run(run.folder), models)
+    assert run.record()["sparse_below"] == 0.7
 
 
 def test_the_saved_coder_holds_the_average_and_the_checkpoint_what_resuming_needs(

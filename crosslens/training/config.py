@@ -85,6 +85,9 @@ class FitConfig:
     """Rows per step."""
     dtype: str = "bfloat16"
     """Format of the large products; the weights themselves are float32."""
+    sparse_below: float | None = None
+    """Share of a code's entries that are not zero, below which a step holds and multiplies those
+    only; None: as is fastest on this machine (`crosslens doctor --calibrate`); 0: never."""
     device: str = "auto"
     dead_after: int = 60_000
     """A latent that has not fired for so many rows is dead."""
@@ -114,6 +117,11 @@ class FitConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"fit.{name} must be at least 1, found {getattr(self, name)}.")
         resolve_dtype(self.dtype)
+        if self.sparse_below is not None and self.sparse_below < 0:
+            raise UsageError(
+                "fit.sparse_below is a share of a code's entries, or 0 for never, found "
+                f"{self.sparse_below}."
+            )
         if self.resample_every < 0:
             raise UsageError(
                 f"fit.resample_every is a number of steps, or 0, found {self.resample_every}."

@@ -25,12 +25,16 @@ def first_state(coder: Coder, config: TrainConfig, sparse_below: float | None = 
     """A coder that has its first weights, on its device, as a training that has not begun.
 
     Args:
-        sparse_below: the share of entries below which passes hold only those; None: as is fastest
+        sparse_below: what the run was begun with, if it was; else as configured, or as is fastest
             on this machine.
     """
     device, dtype = coder.b_enc.device, resolve_dtype(config.fit.dtype)
     coder.compute_dtype = dtype
-    coder.sparse_below = break_even(dtype, device) if sparse_below is None else sparse_below
+    if sparse_below is None:
+        sparse_below = config.fit.sparse_below
+    if sparse_below is None:
+        sparse_below = break_even(dtype, device)
+    coder.sparse_below = sparse_below
     idle_L = torch.zeros(coder.wiring.n_latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
 
