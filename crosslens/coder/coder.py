@@ -12,6 +12,7 @@ from crosslens import functional as F
 from crosslens.coder.activations import (
     KEPT,
     Activation,
+    BatchTopK,
     activation_parameters,
     check_calibrated,
     check_fits,
@@ -151,9 +152,14 @@ class Coder(nn.Module):
 
     def activate(self, pre_BL: Float[Tensor, "b l"]) -> Float[Tensor, "b l"]:
         """σ of pre-activations."""
-        with torch.no_grad():
-            norm_L = self.decoder_norms().sum(-1)
-        return self.activation(pre_BL, norm_L, self)
+        return self.activation(pre_BL, self.scores(), self)
+
+    @torch.no_grad()
+    def scores(self) -> Float[Tensor, " l"]:
+        """What the activation weighs each latent by: its summed decoder norms, or nothing."""
+        if isinstance(self.activation, BatchTopK):
+            return self.decoder_norms().sum(-1)
+        return torch.ones_like(self.b_enc)
 
     def skip(self, x_BX: Float[Tensor, "b x"] | None) -> Tensor | None:
         """The linear skips' output [B, Y] for scaled rows; None where there is no skip."""

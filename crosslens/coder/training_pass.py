@@ -121,7 +121,7 @@ def _sparse_code(coder: Coder, known: Known) -> F.SparseCode | None:
     pre_BL, activation = known.pre_BL, coder.activation
     limit = coder.sparse_below * pre_BL.shape[1]
     with torch.no_grad():
-        norm_L = coder.decoder_norms().sum(-1)
+        norm_L = coder.scores()
         per_row: float | None = entries_per_row(activation, coder.progress)
         if per_row is None:
             sample_SL = pre_BL[:: max(1, len(pre_BL) // SAMPLE)]
