@@ -16,11 +16,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/train_step.py
+bench: $(VENV)/.bench $(VENV)-bench/.peers
+	$(BIN)/python benchmarks/run_all.py --peers-python $(VENV)-bench/bin/python $(BENCH)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-bench
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crosslens needs Python 3.11 or newer")'
@@ -32,4 +32,14 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,diff]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,diff,repro]'
+	touch $@
+
+$(VENV)-bench/.peers: benchmarks/peers.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)-bench
+	$(VENV)-bench/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r benchmarks/peers.txt
+	$(VENV)-bench/bin/python -m pip uninstall --quiet --yes torchvision  # benchmarks/peers.txt says why
 	touch $@
