@@ -22,7 +22,7 @@ class Gathered:
     gradients: Mapping[nn.Parameter, RowGradient]
     projected: frozenset[nn.Parameter] = frozenset()
     """Matrices whose rows keep their norms: what would only change those is taken out."""
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
     """Factor on all of them: what clipping leaves."""
 
     def square(self) -> Tensor:
@@ -68,7 +68,7 @@ def clipped(
     if limit < float("inf"):
         torch._foreach_mul_(held, share)
     if gathered is not None:
-        gathered = replace(gathered, scale=float(share))
+        gathered = replace(gathered, scale=share)
     return norm, gathered
 
 
