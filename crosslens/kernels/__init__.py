@@ -24,10 +24,12 @@ __all__ = [
     "row_squares",
 ]
 
-SAMPLE = 16
-"""Of so many rows of a batch one is looked at to guess its cut."""
-SLACK = 1.1
+SAMPLE = 64
+"""Of so many rows of a batch one is looked at to guess its cut, but of so many at least."""
+SLACK = 1.2
 """So many times the entries wanted are aimed at, so that the guess seldom leaves too few."""
+TRIED = (1.0, 0.5, 0.1, 0.0)
+"""Parts of the guess that are tried in turn until there are enough."""
 
 
 def bag_sum(lists: Lists, weight_N: Tensor, table_TX: Tensor) -> Tensor:
@@ -74,13 +76,13 @@ def largest_of_batch(pre_BL: Tensor, norm_L: Tensor, n: int) -> tuple[Lists, Ten
     """
     norm_L = F.upcast(norm_L)
     guess = _guessed_cut(pre_BL, norm_L, n)
-    while True:
-        bar_L = (guess / norm_L).where(norm_L > 0, torch.inf)  # without a norm there is no score
+    for share in TRIED:
+        # Without a norm there is no score.
+        bar_L = (guess * share / norm_L).where(norm_L > 0, torch.inf)
         found = above(pre_BL, bar_L)
         score_N = _scores(pre_BL, norm_L, found)
         if len(score_N) >= n or float(guess) == 0:
             break
-        guess = guess / 2 if float(guess) > 1e-30 else guess * 0
     if len(score_N) > n:
         found, score_N = _cut(found, score_N, n)
     if not len(score_N):
@@ -107,6 +109,6 @@ def _scores(pre_BL: Tensor, norm_L: Tensor, found: Lists) -> Tensor:
 
 
 def _cut(found: Lists, score_N: Tensor, n: int) -> tuple[Lists, Tensor]:
-    chosen_N = score_N.topk(n, sorted=False).indices.sort().values
+    chosen_N = largest(score_N[None], n).index_N.long()
     counts_B = torch.bincount(found.items_N[chosen_N], minlength=found.n_items)
     return Lists(starts_of(counts_B), found.index_N[chosen_N]), score_N[chosen_N]

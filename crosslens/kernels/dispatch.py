@@ -78,4 +78,4 @@ def _why_none(tensors: list[Tensor]) -> str:
 
 @functools.cache
 def _say(reason: str) -> None:
-    _log.warning("The sparse steps run without fast kernels, and slower: %s.", reason)
+    _log.warning("The sparse steps run without fast kernels, and slower: %s.", reason.rstrip("."))

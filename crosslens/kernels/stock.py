@@ -51,7 +51,8 @@ def largest(pre_BL: Tensor, k: int, *, absolute: bool = False, positive: bool = 
     if not positive:
         counts_B = torch.full((len(pre_BL),), k, device=pre_BL.device)
         return Lists(starts_of(counts_B), chosen_BK.flatten().int())
-    on_BK = ~(pre_BL.gather(-1, chosen_BK) <= 0)
+    score_BK = pre_BL.gather(-1, chosen_BK)
+    on_BK = ~((score_BK.abs() if absolute else score_BK) <= 0)
     return Lists(starts_of(on_BK.sum(-1)), chosen_BK[on_BK].int())
 
 
