@@ -23,7 +23,7 @@ import torch
 from crosslens.coder import load, save
 from crosslens.config import to_plain
 from crosslens.errors import Diverged
-from crosslens.lm import LanguageModel, ModelSpec, open_model
+from crosslens.lm import LanguageModel, ModelSpec, open_models
 from crosslens.storage import load_json, save_json
 from reproduce.finetune import FineTune, fine_tuned
 from reproduce.scheme_judging import baseline, judged
@@ -86,7 +86,7 @@ def prepare(asked: argparse.Namespace) -> Bench:
     spec = ModelSpec(path=asked.model, dtype=asked.model_dtype)
     plan = FineTune(steps=asked.finetune_steps)
     chat = fine_tuned(spec, asked.work / "adapter", plan)
-    models = {"base": open_model(spec, "base"), "chat": open_model(chat, "chat")}
+    models = open_models({"base": spec, "chat": chat})
     depth = models["base"].n_layers
     sizes = Sizes(
         latents=asked.latents,

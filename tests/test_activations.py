@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslens.activations import (
-    Chunk,
     Counts,
     Ring,
     Source,
@@ -21,6 +20,7 @@ from crosslens.activations import (
     token_mask,
     within_norms,
 )
+from crosslens.activations.harvest import Receive, Verdict
 from crosslens.coder import Crosscoder, Layout
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.lm import ModelSpec, open_model
@@ -50,9 +50,18 @@ def source_of(model, blocks, policy=None, **kwargs) -> Source:
 
 
 class Numbered:
-    """A source whose rows say where they come from; some positions do not count."""
+    """A source whose rows say where they come from; some positions do not count, and some of the
+    others turn out to be outliers."""
 
-    def __init__(self, n_blocks: int, t: int, dropped: set[int], blocks_per_chunk: int = 2) -> None:
+    def __init__(
+        self,
+        n_blocks: int,
+        t: int,
+        dropped: set[int],
+        blocks_per_chunk: int = 2,
+        outliers: set[int] | None = None,
+    ) -> None:
+        self.outliers = outliers or set()
         self.layout = Layout(("s",), (2,))
         self.n_chunks = -(-n_blocks // blocks_per_chunk)
         self.rows_per_chunk = blocks_per_chunk * t
@@ -60,13 +69,20 @@ class Numbered:
         self.n_rows_at_most = self.n_positions = n_blocks * t
         self.harvests = 0
 
-    def chunk(self, index: int) -> Chunk:
-        self.harvests += 1
+    def rows_of(self, index: int) -> torch.Tensor:
         low, high = index * self.rows_per_chunk, (index + 1) * self.rows_per_chunk
-        mine = torch.tensor([r for r in self.kept if low <= r < high], dtype=torch.int64)
+        return torch.tensor([r for r in self.kept if low <= r < high], dtype=torch.int64)
+
+    def stream(self, index: int, receive: Receive) -> Verdict:
+        self.harvests += 1
+        mine = self.rows_of(index)
         # Split in two columns, since bfloat16 holds whole numbers only up to 256.
         rows = torch.stack([mine // 128, mine % 128], -1).bfloat16()
-        return Chunk((rows,), mine, Counts(seen=len(mine)))
+        for at in torch.arange(len(mine)).split(7):
+            receive(0, at, rows[at])
+        fine = torch.tensor([int(r) not in self.outliers for r in mine], dtype=torch.bool)
+        counts = Counts(seen=len(mine), outlier=int((~fine).sum()))
+        return Verdict(torch.ones(len(mine), 1), fine, counts)
 
 
 def named(batch: torch.Tensor) -> list[int]:
@@ -177,7 +193,7 @@ def test_outliers_are_left_out_of_scale_and_harvest_alike(model):
 
 def test_activations_that_are_not_finite_are_refused_by_site(model):
     source = source_of(model, blocks_of(2))
-    sites = list(source.activations(source.blocks.tokens_NT))
+    sites = list(model.capture(source.blocks.tokens_NT, source.layout.sites).values())
     sites[1][0, 5, 3] = torch.nan
     with pytest.raises(CrosslensError, match=r"resid_post\.2 hold NaN"):
         source.keep(0, sites)

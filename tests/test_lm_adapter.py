@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.lm import ModelSpec, open_model
+from crosslens.lm import ModelSpec, open_model, open_models
 
 TOKENS = torch.arange(3, 12)[None]
 
@@ -72,6 +72,65 @@ def test_it_stays_apart_from_the_base_weights(tiny_model_folder, adapter):
     assert model.width("mlp_act.1") == 64
     assert model.identity()["adapter"] == str(adapter)
     assert not any(weight.requires_grad for weight in model.module.parameters())
+
+
+def specs(model: Path, **adapters: Path | None) -> dict[str, ModelSpec]:
+    return {
+        name: ModelSpec(path=str(model), adapter=path and str(path), dtype="float32", device="cpu")
+        for name, path in adapters.items()
+    }
+
+
+def addresses(model) -> set[int]:
+    return {weight.data_ptr() for weight in model.module.parameters()}
+
+
+@pytest.mark.parametrize("order", [("base", "chat", "other"), ("other", "chat", "base")])
+def test_models_on_one_trunk_share_its_weights(tiny_model_folder, adapter, tmp_path, order):
+    """And compute to the bit what each computes alone."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    other = write_adapter(base, tmp_path, target_modules=["v_proj"], use_dora=True)
+    paths = {"base": None, "chat": adapter, "other": other}
+    wanted = specs(tiny_model_folder, **{name: paths[name] for name in order})
+    models = open_models(wanted)
+    assert tuple(models) == order
+    trunk = addresses(models["base"])
+    for name, model in models.items():
+        alone = open_model(wanted[name], name)
+        assert torch.equal(model.run(TOKENS, {}), alone.run(TOKENS, {})), name
+        ours, theirs = model.capture(TOKENS, ["*"]), alone.capture(TOKENS, ["*"])
+        assert all(torch.equal(x, theirs[site]) for site, x in ours.items())
+        assert trunk <= addresses(model)
+        assert model.identity() == alone.identity()
+        assert model.tokenizer is models["base"].tokenizer
+        assert not any(weight.requires_grad for weight in model.module.parameters())
+    assert not trunk & addresses(open_model(wanted["base"]))
+    outputs = [model.run(TOKENS, {}) for model in models.values()]
+    assert not torch.allclose(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[1], outputs[2])
+
+
+def test_other_trunks_are_not_shared(tiny_pair, adapter):
+    wanted = specs(tiny_pair["base"], base=None) | specs(tiny_pair["chat"], chat=adapter)
+    models = open_models(wanted)
+    assert not addresses(models["base"]) & addresses(models["chat"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{"init_lora_weights": "pissa"}, {"modules_to_save": ["lm_head"]}],
+    ids=lambda kind: next(iter(kind)),
+)
+def test_adapters_that_write_into_the_weights_get_their_own(tiny_model_folder, tmp_path, kind):
+    """The base stays what it is, whatever the adapter does."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    folder = write_adapter(base, tmp_path, **kind)
+    wanted = specs(tiny_model_folder, base=None, chat=folder)
+    models = open_models(wanted)
+    assert not addresses(models["base"]) & addresses(models["chat"])
+    for name, spec in wanted.items():
+        alone = open_model(spec).run(TOKENS, {})
+        torch.testing.assert_close(models[name].run(TOKENS, {}), alone)
 
 
 def test_it_takes_the_models_dtype(tiny_model_folder, adapter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,14 +47,15 @@ def calibrate(
     """
     wanted = min(source.n_chunks, max(1, round(tokens / source.rows_per_chunk)))
     picks = [round(i * (source.n_chunks - 1) / max(1, wanted - 1)) for i in range(wanted)]
-    chunks = [_kept(source, index) for index in sorted(set(picks))]
-    harvest_RP = torch.cat([norm_RP for norm_RP, _ in chunks])
+    unjudged = replace(source, median_P=None)
+    chunks = [unjudged.chunk(index) for index in sorted(set(picks))]
+    harvest_RP = torch.cat([row_norms(chunk.sites) for chunk in chunks])
     if len(harvest_RP) < 2:
         raise CrosslensError("The token policy keeps no token: there is nothing to train on.")
     median_P = harvest_RP.median(0).values
     _check_alive(source.layout.sites, median_P)
     fine_R = within_norms(source.policy, harvest_RP, median_P)
-    rows_RX = torch.cat([rows_RX for _, rows_RX in chunks])[fine_R].float()
+    rows_RX = torch.cat([chunk.rows() for chunk in chunks]).cpu()[fine_R].float()
     read_RP, write_RP = _viewed_norms(wiring, harvest_RP[fine_R], rows_RX)
     calibration = Calibration(
         scale=scale,
@@ -77,14 +78,6 @@ def _scale(scale: Scale, widths: Sequence[int], norm_RP: Tensor) -> tuple[float,
     if scale == "unit_square":
         return tuple(norm_RP.square().mean(0).rsqrt().tolist())
     return tuple((torch.tensor(widths).sqrt() / mean_P).tolist())
-
-
-def _kept(source: Source, index: int) -> tuple[Tensor, Tensor]:
-    """Norms [R, P] and rows [R, X] of the positions of a chunk that count."""
-    sites = source.activations(source.blocks.tokens_NT[source.block_range(index)])
-    keep_BT, _ = source.keep(index, sites)
-    rows_RX = torch.cat([site[keep_BT.to(site.device)].cpu() for site in sites], -1)
-    return row_norms(sites)[keep_BT.flatten()], rows_RX
 
 
 def _viewed_norms(wiring: Wiring, norm_RP: Tensor, rows_RX: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -67,6 +67,32 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """Which of a chunk's rows count, now that their activations are known."""
+
+    norm_RP: Tensor
+    """‖x‖ of every row at every site, float32 on the CPU."""
+    fine_R: Tensor
+    """Rows that are no outliers (bool)."""
+    counts: Counts
+
+
+Receive = Callable[[int, Tensor, Tensor], None]
+"""Takes (index of a site, numbers of some of the chunk's rows [r], those rows at it [r, D])."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Blocks that go through the models together, cut where the last position that counts is."""
+
+    tokens_BT: Tensor
+    at_r: Tensor
+    """Which of the chunk's rows lie in these blocks."""
+    position_r: Tensor
+    """Where they lie among the batch's positions, block after block."""
+
+
+@dataclass(frozen=True)
 class Source:
     """Activations of `blocks` at the sites of `layout`, chunk by chunk, always in the same chunks:
     harvesting a chunk again gives the same numbers."""
@@ -96,6 +122,16 @@ class Source:
     def _token_mask(self) -> Tensor:
         return token_mask(self.policy, self.blocks)[0]
 
+    @cached_property
+    def _length_N(self) -> Tensor:
+        """How far each block must be run to reach every position that may count. In quarters of a
+        block, since each length costs kernels of its own."""
+        quarter = -(-self.block_length // 4)
+        number_T = torch.arange(1, self.block_length + 1)
+        needed_N = (self._token_mask * number_T).amax(1)
+        quarters_N = (needed_N + quarter - 1) // quarter
+        return (quarters_N * quarter).clamp_max(self.block_length)
+
     @property
     def n_positions(self) -> int:
         """All positions of the blocks, also those that do not count."""
@@ -106,46 +142,105 @@ class Source:
         """Rows that the token-level policy keeps; outliers may still fall."""
         return int(self._token_mask.sum())
 
+    @property
+    def on_accelerator(self) -> bool:
+        """Whether some model computes elsewhere than on the processor."""
+        return any(model.device.type != "cpu" for model in self.models.values())
+
     def block_range(self, index: int) -> slice:
         """The blocks of chunk `index`."""
         return slice(index * self.blocks_per_chunk, (index + 1) * self.blocks_per_chunk)
 
-    def activations(self, tokens_BT: Tensor) -> tuple[Tensor, ...]:
-        """All positions of some blocks: per site [B, T, D], in each model's own format."""
-        found: dict[str, Tensor] = {}
-        for name, model in self.models.items():
-            prefix = "" if len(self.models) == 1 else f"{name}/"
-            mine = [s for s in self.layout.sites if s.startswith(prefix)]
-            captured = model.capture(tokens_BT, [s.removeprefix(prefix) for s in mine])
-            found.update({s: captured[s.removeprefix(prefix)] for s in mine})
-        return tuple(found[s] for s in self.layout.sites)
-
-    def keep(self, index: int, sites: Sequence[Tensor]) -> tuple[Tensor, Counts]:
-        """Positions of chunk `index` that count [B, T] (bool), given their activations."""
+    def rows_of(self, index: int) -> Tensor:
+        """The rows of chunk `index` that the token alone does not rule out, as block · T +
+        position, ascending, int64. Known without running a model."""
         at = self.block_range(index)
-        keep_BT = self._token_mask[at]
-        _, counts = token_mask(self.policy, _some(self.blocks, at))
-        norm_RP = row_norms(sites)[keep_BT.flatten()]
-        self._check_finite(norm_RP, index)
-        if self.median_P is None:
-            return keep_BT, counts
-        fine_R = within_norms(self.policy, norm_RP, self.median_P)
-        keep_BT = keep_BT.clone()
-        keep_BT[keep_BT.clone()] = fine_R
-        return keep_BT, counts + Counts(outlier=int((~fine_R).sum()))
+        kept_R: Tensor = self._token_mask[at].flatten().nonzero().squeeze(-1)
+        return kept_R.add(at.start * self.block_length)
+
+    def stream(self, index: int, receive: Receive) -> Verdict:
+        """Harvest `rows_of(index)`, handed out site by site as the models compute them, outliers
+        among them: which these are is only known when all sites are.
+
+        Raises:
+            CrosslensError: activations are not finite.
+        """
+        norm_RP = torch.empty(len(self.rows_of(index)), len(self.layout.sites))
+        for batch in self._batches(index):
+            norms: dict[int, Tensor] = {}
+            for name, model in self.models.items():
+                model.read(batch.tokens_BT, self._takers(name, batch, norms, receive))
+            norm_RP[batch.at_r] = _side_by_side([norms[p] for p in range(len(norms))])
+        return self._judge(index, norm_RP)
 
     def chunk(self, index: int) -> Chunk:
         """Harvest chunk `index`."""
-        at = self.block_range(index)
-        sites = self.activations(self.blocks.tokens_NT[at])
-        keep_BT, counts = self.keep(index, sites)
-        first = at.start * self.block_length
-        row_R = first + keep_BT.flatten().nonzero().squeeze(-1)
-        kept = tuple(site[keep_BT.to(site.device)] for site in sites)
-        return Chunk(kept, row_R, counts)
+        row_R = self.rows_of(index)
+        sites = [torch.empty(0, width) for width in self.layout.widths]
+
+        def receive(p: int, at_r: Tensor, rows_rD: Tensor) -> None:
+            if not len(sites[p]):
+                sites[p] = rows_rD.new_empty(len(row_R), rows_rD.shape[-1])
+            sites[p][at_r.to(rows_rD.device)] = rows_rD
+
+        verdict = self.stream(index, receive)
+        fine_R = verdict.fine_R
+        kept = tuple(site[fine_R.to(site.device)] for site in sites)
+        return Chunk(kept, row_R[fine_R], verdict.counts)
 
     def __iter__(self) -> Iterator[Chunk]:
         return (self.chunk(i) for i in range(self.n_chunks))
+
+    def keep(self, index: int, sites: Sequence[Tensor]) -> tuple[Tensor, Counts]:
+        """Positions of chunk `index` that count [B, T] (bool), given all their activations, per
+        site [B, T, D]."""
+        keep_BT = self._token_mask[self.block_range(index)].clone()
+        verdict = self._judge(index, row_norms(sites)[keep_BT.flatten()])
+        keep_BT[keep_BT.clone()] = verdict.fine_R
+        return keep_BT, verdict.counts
+
+    def _batches(self, index: int) -> Iterator[_Batch]:
+        """Blocks of a chunk that end early go together, so that little of a batch is padding."""
+        at = self.block_range(index)
+        tokens_BT, length_B = self.blocks.tokens_NT[at], self._length_N[at]
+        block_R, position_R = self._token_mask[at].nonzero(as_tuple=True)
+        for length in sorted(set(length_B[length_B > 0].tolist())):
+            mine_B = length_B == length
+            at_r = mine_B[block_R].nonzero().squeeze(-1)
+            place_B = mine_B.cumsum(0) - 1
+            position_r = place_B[block_R[at_r]] * length + position_R[at_r]
+            yield _Batch(tokens_BT[mine_B, :length], at_r, position_r)
+
+    def _takers(
+        self, name: str, batch: _Batch, norms: dict[int, Tensor], receive: Receive
+    ) -> dict[str, Callable[[Tensor], None]]:
+        """What a model's sites are shown to: it passes on the batch's rows and notes their norms.
+
+        The rows are the only copy that is made of what the model computed.
+        """
+        prefix = "" if len(self.models) == 1 else f"{name}/"
+
+        def taker(p: int) -> Callable[[Tensor], None]:
+            def take(x_BTD: Tensor) -> None:
+                # index_select is several times faster on a CPU than indexing.
+                at_r = batch.position_r.to(x_BTD.device)
+                rows_rD = x_BTD.flatten(0, 1).index_select(0, at_r)
+                norms[p] = _norms(rows_rD)
+                receive(p, batch.at_r, rows_rD)
+
+            return take
+
+        sites = enumerate(self.layout.sites)
+        return {s.removeprefix(prefix): taker(p) for p, s in sites if s.startswith(prefix)}
+
+    def _judge(self, index: int, norm_RP: Tensor) -> Verdict:
+        _, counts = token_mask(self.policy, _some(self.blocks, self.block_range(index)))
+        self._check_finite(norm_RP, index)
+        if self.median_P is None:
+            fine_R = torch.ones(len(norm_RP), dtype=torch.bool)
+        else:
+            fine_R = within_norms(self.policy, norm_RP, self.median_P)
+        return Verdict(norm_RP, fine_R, counts + Counts(outlier=int((~fine_R).sum())))
 
     def _check_finite(self, norm_RP: Tensor, index: int) -> None:
         bad_P = ~norm_RP.isfinite().all(0)
@@ -164,5 +259,13 @@ def _some(blocks: Blocks, at: slice) -> Blocks:
 
 def row_norms(sites: Sequence[Tensor]) -> Tensor:
     """‖x‖ of every position at every site [B·T, P], float32 on the CPU."""
-    norms = [torch.linalg.vector_norm(s, dim=-1, dtype=torch.float32).flatten() for s in sites]
-    return torch.stack([n.cpu() for n in norms], -1)
+    return _side_by_side([_norms(site).flatten() for site in sites])
+
+
+def _norms(x: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32)
+    return norms
+
+
+def _side_by_side(norms: Sequence[Tensor]) -> Tensor:
+    return torch.stack([norm.cpu() for norm in norms], -1)

@@ -4,39 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import astuple
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from crosslens.activations.harvest import Chunk
+from crosslens.activations.filling import Filled, Filler, RowSource, fill, writer
 from crosslens.activations.policy import Counts
-from crosslens.coder import Layout
 from crosslens.errors import CrosslensError, UsageError
 
 State = dict[str, Tensor]
-
-
-@runtime_checkable
-class RowSource(Protocol):
-    """Rows in chunks; a chunk asked for again is the same to the bit."""
-
-    @property
-    def layout(self) -> Layout: ...
-
-    @property
-    def n_chunks(self) -> int: ...
-
-    @property
-    def rows_per_chunk(self) -> int: ...
-
-    @property
-    def n_rows_at_most(self) -> int: ...
-
-    @property
-    def n_positions(self) -> int: ...
-
-    def chunk(self, index: int) -> Chunk: ...
 
 
 class Ring:
@@ -46,9 +22,14 @@ class Ring:
     batches are gathered by it; slots are given back as they are read and filled again when half
     are free. No row moves, so there is never a second copy. An epoch ends when less than a batch
     is left; those rows open the next one. Data that fits the buffer is harvested once and kept.
+
+    With `ahead`, free slots are filled in the background while the rows in the others are read.
+    Batches and `state` are the same to the bit.
     """
 
-    def __init__(self, source: RowSource, capacity: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, source: RowSource, capacity: int, batch: int, seed: int, ahead: bool = False
+    ) -> None:
         needed = batch + 2 * source.rows_per_chunk
         self.resident = source.n_rows_at_most <= capacity
         if not self.resident and capacity < needed:
@@ -68,16 +49,26 @@ class Ring:
         self.next_chunk = 0
         self.uses_R = torch.zeros(source.n_positions, dtype=torch.int32)
         self.counts = Counts()
+        self.filler = Filler(source, self.rows_NX) if ahead and not self.resident else None
 
     def next(self, on_harvest: Callable[[int, int], None] | None = None) -> Tensor:
         """The next batch [B, X], bf16. `on_harvest(chunks done, chunks)` hears of the filling."""
         if len(self.order) < self.batch or self._half_empty():
             self._refill(on_harvest)
+        if len(self.order) < self.batch and not self.resident:
+            self._refill(on_harvest)  # the text ended within the first: on from its beginning
+        if len(self.order) < self.batch:
+            raise UsageError(
+                f"The text gives only {len(self.order)} rows, fewer than one batch of "
+                f"{self.batch}. Raise --text.tokens or lower --fit.batch."
+            )
         slots_B, self.order = self.order[: self.batch], self.order[self.batch :]
         self.uses_R.index_add_(0, self.row_N[slots_B], torch.ones(self.batch, dtype=torch.int32))
         if not self.resident:
             self.free = torch.cat([self.free, slots_B])
-        return self.rows_NX[slots_B]
+        batch_BX = self.rows_NX.index_select(0, slots_B)
+        self._work_ahead()
+        return batch_BX
 
     def usage(self) -> dict[str, int]:
         """How often each kept token was used: `{"tokens", "least", "most"}` since the start."""
@@ -108,6 +99,8 @@ class Ring:
             raise CrosslensError(
                 "The checkpoint belongs to another text or buffer size than this run's."
             )
+        if self.filler:
+            self.filler.forget()
         self.row_N.copy_(state["row"])
         self.order, self.free = state["order"].clone(), state["free"].clone()
         self.next_chunk = int(state["next_chunk"])
@@ -124,26 +117,24 @@ class Ring:
         """Fill free slots and shuffle. Should `on_harvest` raise, nothing has changed but the
         contents of free slots, so that `state` may still be saved."""
         left_over, waiting, next_chunk = self._opening()
-        free, counts, fresh = self.free, self.counts, [waiting]
+        free, filled = self.free, list[Filled]()
         while next_chunk < self.source.n_chunks and len(free) >= self._room_needed():
-            chunk = self.source.chunk(next_chunk)
-            slots_R, free = free[: len(chunk.row_R)], free[len(chunk.row_R) :]
-            self._write(chunk, slots_R, torch.arange(len(chunk.row_R)))
-            self.row_N[slots_R] = chunk.row_R
-            fresh.append(slots_R)
-            counts += chunk.counts
+            needed = len(self.source.rows_of(next_chunk))
+            filled.append(self._filled(next_chunk, free[:needed]))
+            free = free[needed:]
             next_chunk += 1
             if on_harvest:
                 on_harvest(next_chunk, self.source.n_chunks)
-        waiting = torch.cat(fresh)
+        for chunk in filled:
+            self.row_N[chunk.slot_R] = chunk.row_R
+            self.counts += chunk.counts
+        waiting = torch.cat([waiting, *(chunk.slot_R for chunk in filled)])
         mixed = waiting[torch.randperm(len(waiting), generator=self.generator)]
         self.order = torch.cat([left_over, mixed])
-        self.free, self.counts, self.next_chunk = free, counts, next_chunk
-        if len(self.order) < self.batch:
-            raise UsageError(
-                f"The text gives only {len(self.order)} rows, fewer than one batch of "
-                f"{self.batch}. Raise --text.tokens or lower --fit.batch."
-            )
+        self.free = torch.cat([free, *(chunk.unused_R for chunk in filled)])
+        self.next_chunk = next_chunk
+        if self.filler:
+            self.filler.forget()
 
     def _opening(self) -> tuple[Tensor, Tensor, int]:
         """Slots to read first, slots to shuffle, and the chunk to go on with.
@@ -161,11 +152,27 @@ class Ring:
         """A resident buffer has a slot for every row that can come; else leave room for a chunk."""
         return 0 if self.resident else self.source.rows_per_chunk
 
-    def _write(self, chunk: Chunk, slots_R: Tensor, picks_R: Tensor) -> None:
-        """Straight into the buffer, site by site."""
-        for columns, site_RD in zip(self.source.layout.slices, chunk.sites, strict=True):
-            picked = site_RD[picks_R.to(site_RD.device)].to(self.rows_NX.device, torch.bfloat16)
-            self.rows_NX[:, columns].index_copy_(0, slots_R, picked)
+    def _filled(self, index: int, slot_R: Tensor) -> Filled:
+        if self.filler:
+            return self.filler.result(index, slot_R)
+        return fill(self.source, index, slot_R, self.rows_NX)
+
+    def _work_ahead(self) -> None:
+        """Begin the chunks that the next refill will ask for, as far as slots are free.
+
+        Chunks and slots are taken in the refill's own order, of which more can only be free by
+        then: what is begun here is what it would do, and nothing is known of it until it does.
+        """
+        if self.filler is None:
+            return
+        first = self._opening()[2]
+        few = 1 + -(-self.batch // self.source.rows_per_chunk)  # a stop waits for these
+        while self.filler.unfinished < few:
+            index = first + len(self.filler.jobs)
+            free = self.free[self.filler.slots_given :]
+            if index >= self.source.n_chunks or len(free) < self._room_needed():
+                return
+            self.filler.begin(index, free[: len(self.source.rows_of(index))])
 
     def _reload(self, on_harvest: Callable[[int, int], None] | None) -> None:
         live = (
@@ -174,9 +181,10 @@ class Ring:
         chunk_of_live = self.row_N[live] // self.source.rows_per_chunk
         needed = sorted(set(chunk_of_live.tolist()))
         for done, index in enumerate(needed, 1):
-            chunk = self.source.chunk(index)
             slots = live[chunk_of_live == index]
-            picks = torch.searchsorted(chunk.row_R, self.row_N[slots])
-            self._write(chunk, slots, picks)
+            row_R = self.source.rows_of(index)
+            slot_R = torch.full_like(row_R, -1)
+            slot_R[torch.searchsorted(row_R, self.row_N[slots])] = slots
+            self.source.stream(index, writer(self.rows_NX, self.source.layout, slot_R))
             if on_harvest:
                 on_harvest(done, len(needed))

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from crosslens import __version__
+from crosslens.cli.memory import keep_freed_memory
 from crosslens.errors import CrosslensError, UsageError, suggestion
 
 COMMANDS = {
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != "--debug"]
+    keep_freed_memory()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()

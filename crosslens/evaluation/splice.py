@@ -12,7 +12,8 @@ from torch import Tensor
 from crosslens.activations import Source
 from crosslens.coder import Coder, all_rows, replacements
 from crosslens.coder.rows import spliced_sites
-from crosslens.lm import LanguageModel, next_token_loss, split_site
+from crosslens.lm import next_token_loss, split_site
+from crosslens.lm.losses import pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,55 +70,96 @@ def _add_chunk(
     at = source.block_range(index)
     tokens_BT = source.blocks.tokens_NT[at]
     real_BT = ~source.blocks.padding_NT[at][:, 1:]
-    sites = source.activations(tokens_BT)
+    clean = {name: _clean(name, source, tokens_BT) for name in source.models}
+    sites = [clean[_model_of(site, source)].sites[site] for site in source.layout.sites]
     keep_BT, _ = source.keep(index, sites)
     rows_RX = torch.cat([site[keep_BT.to(site.device)].float() for site in sites], -1)
     rows = all_rows(coder.wiring, rows_RX.to(coder.b_dec.device))
     recon = replacements(coder.wiring, rows_RX, coder(rows.x_BX, rows.site_B))
-    clean = {name: model.run(tokens_BT, {}) for name, model in source.models.items()}
     for site in totals:
-        name, plain = split_site(site)
-        name = name or next(iter(source.models))
-        model, clean_BTV = source.models[name], clean[name]
-        variants = (recon[site], torch.zeros(()), mean[site])
-        found = [_loss(clean_BTV, tokens_BT)]
-        for values in variants:
-            logits_BTV = _run_with(model, plain, tokens_BT, keep_BT, values)
-            found.append(_loss(logits_BTV, tokens_BT))
-            if values is variants[0]:
-                kl_BT = kl_divergence(clean_BTV, logits_BTV)[:, :-1].cpu()
-        sums = [each[real_BT].double().sum() for each in (*found, kl_BT)]
+        known = clean[_model_of(site, source)]
+        spliced = _Spliced(source, site, tokens_BT, keep_BT, known)
+        logits_BTV = spliced.logits(recon[site])
+        losses_BT = [known.loss_BT, next_token_loss(logits_BTV, tokens_BT).cpu()]
+        kl_BT = kl_divergence(known.logits_BTV, logits_BTV)[:, :-1].cpu()
+        for values in (torch.zeros(()), mean[site]):
+            losses_BT.append(next_token_loss(spliced.logits(values), tokens_BT).cpu())
+        sums = [each_BT[real_BT].double().sum() for each_BT in (*losses_BT, kl_BT)]
         totals[site].add_(torch.stack(sums))
     return int(real_BT.sum())
 
 
-def _run_with(
-    model: LanguageModel, site: str, tokens_BT: Tensor, keep_BT: Tensor, values: Tensor
-) -> Tensor:
-    """Logits with `values` ([R, D], or anything that broadcasts to it) at the kept positions."""
+@dataclass(frozen=True)
+class _Clean:
+    """What a model computes when it is left alone."""
 
-    def replaced(x_BTD: Tensor) -> Tensor:
-        keep = keep_BT.to(x_BTD.device)
-        x_BTD = x_BTD.clone()
-        x_BTD[keep] = values.to(x_BTD).expand(int(keep_BT.sum()), x_BTD.shape[-1])
-        return x_BTD
-
-    return model.run(tokens_BT, {site: replaced})
+    sites: dict[str, Tensor]
+    """Activations by the names that the source gives its sites."""
+    entering: dict[str, Tensor]
+    """The residual that enters each layer with a site, where a spliced pass can start."""
+    logits_BTV: Tensor
+    loss_BT: Tensor
 
 
-def _loss(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    return next_token_loss(logits_BTV, tokens_BT).cpu()
+def _clean(name: str, source: Source, tokens_BT: Tensor) -> _Clean:
+    model = source.models[name]
+    mine = {
+        site: split_site(site)[1] for site in source.layout.sites if _model_of(site, source) == name
+    }
+    entering = {f"resid_pre.{layer}" for layer in map(_layer, mine.values()) if layer is not None}
+    seen = model.capture(tokens_BT, [*mine.values(), *entering, "logits"])
+    sites = {site: seen[plain] for site, plain in mine.items()}
+    loss_BT = next_token_loss(seen["logits"], tokens_BT).cpu()
+    return _Clean(sites, {site: seen[site] for site in entering}, seen["logits"], loss_BT)
+
+
+def _model_of(site: str, source: Source) -> str:
+    return split_site(site)[0] or next(iter(source.models))
+
+
+def _layer(site: str) -> int | None:
+    """The layer that a site is in; None of a site before or after all layers."""
+    number = site.partition(".")[2]
+    return int(number) if number else None
+
+
+@dataclass(frozen=True)
+class _Spliced:
+    """A model with one site replaced where the policy counts the token."""
+
+    source: Source
+    site: str
+    tokens_BT: Tensor
+    keep_BT: Tensor
+    clean: _Clean
+
+    def logits(self, values: Tensor) -> Tensor:
+        """With `values` ([R, D], or anything that broadcasts to it) at the kept positions."""
+
+        def replaced(x_BTD: Tensor) -> Tensor:
+            keep_BT = self.keep_BT.to(x_BTD.device)
+            x_BTD[keep_BT] = values.to(x_BTD).expand(int(keep_BT.sum()), x_BTD.shape[-1])
+            return x_BTD
+
+        model = self.source.models[_model_of(self.site, self.source)]
+        edits = {split_site(self.site)[1]: replaced}
+        return model.run(self.tokens_BT, edits, self.clean.entering)
 
 
 def kl_divergence(
     p_BTV: Float[Tensor, "b t v"], q_BTV: Float[Tensor, "b t v"]
 ) -> Float[Tensor, "b t"]:
-    """KL(softmax p ‖ softmax q) at each position, in nats, in float32, row by row."""
+    """KL(softmax p ‖ softmax q) at each position, in nats, in float32, some positions at a time."""
     rows = []
     for p_TV, q_TV in zip(p_BTV, q_BTV, strict=True):
-        log_p, log_q = p_TV.float().log_softmax(-1), q_TV.float().log_softmax(-1)
-        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        parts = [_kl(p_PV.float(), q_PV.float()) for p_PV, q_PV in pieces(p_TV, q_TV)]
+        rows.append(torch.cat(parts))
     return torch.stack(rows)
+
+
+def _kl(p_PV: Tensor, q_PV: Tensor) -> Tensor:
+    log_p_PV, log_q_PV = p_PV.log_softmax(-1), q_PV.log_softmax(-1)
+    return (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(-1)
 
 
 def _figures(means: Tensor) -> SpliceFigures:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from crosslens.lm.model import LanguageModel, next_token_loss
-from crosslens.lm.opening import open_model, open_tokenizer
+from crosslens.lm.losses import next_token_loss
+from crosslens.lm.model import LanguageModel
+from crosslens.lm.opening import open_model, open_models, open_tokenizer
 from crosslens.lm.sites import split_site
 from crosslens.lm.spec import ModelSpec
 from crosslens.lm.tokenizer import tokenizer_hash
@@ -13,6 +14,7 @@ __all__ = [
     "ModelSpec",
     "next_token_loss",
     "open_model",
+    "open_models",
     "open_tokenizer",
     "split_site",
     "tokenizer_hash",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import warnings
@@ -35,6 +36,31 @@ def with_adapter(model: nn.Module, path: str) -> nn.Module:
     folder = _folder(path)
     _refuse_other_kinds(folder)
     return _attached(model, folder)
+
+
+def leaves_weights_alone(path: str) -> bool:
+    """Whether putting the adapter on writes into none of the model's own weights.
+
+    True of plain LoRA. Others may bring embeddings or biases of their own, or start by taking their
+    part out of the model's matrices (PiSSA, OLoRA, LoftQ). An adapter that cannot be read is not
+    known to: `with_adapter` says what is wrong with it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        folder = _folder(path)
+        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        with safe_open(folder / _WEIGHTS, framework="pt") as file:
+            only_lora = all(".lora_" in key for key in file.keys())  # noqa: SIM118  # no mapping
+        plain_start = settings.get("init_lora_weights", True) in (True, False, "gaussian")
+        return only_lora and plain_start and not settings.get("target_parameters")
+    except (CrosslensError, SafetensorError, OSError, ValueError, AttributeError):
+        return False
+
+
+def sharing_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model in modules of its own, whose weights are the same tensors."""
+    return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
 def _folder(path: str) -> Path:

@@ -29,15 +29,21 @@ _PROBE_TOKENS = 3
 class Anatomy:
     """The parts of a causal language model.
 
-    `decoder` computes everything but the logits. `taps` holds every site but `logits`, in order of
-    depth; `widths` the last dimension of every site; `aliases` other names of the sites.
+    `decoder` computes everything but the logits, by its `layers` one after another. `taps` holds
+    every site but `logits`, in order of depth; `widths` the last dimension of every site; `aliases`
+    other names of the sites.
     """
 
     decoder: nn.Module
-    n_layers: int
+    layers: tuple[nn.Module, ...]
     taps: dict[str, Tap]
     widths: dict[str, int]
     aliases: dict[str, str]
+
+    @property
+    def n_layers(self) -> int:
+        """How many layers there are."""
+        return len(self.layers)
 
 
 def find_anatomy(model: Any) -> Anatomy:
@@ -53,14 +59,14 @@ def find_anatomy(model: Any) -> Anatomy:
         raise CrosslensError(f"{name} has no output over a vocabulary: it is not a language model.")
     decoder = model.get_decoder()
     layers = _find_layers(decoder, name)
-    calls = watch(_interesting(decoder, layers), lambda: _probe(decoder))
+    calls = watch(_interesting(decoder, layers), lambda: probe(decoder))
     taps = {"embed": Tap(model.get_input_embeddings(), "output")}
     for index, layer in enumerate(layers):
         taps |= _layer_taps(index, layer, calls, name)
     taps["final"] = Tap(_final_norm(decoder, layers, calls, name), "output")
     widths = _verified_widths(decoder, taps, len(layers), name) | {"logits": len(head.weight)}
     names = aliases(len(layers)) | _module_paths(model, taps)
-    return Anatomy(decoder, len(layers), taps, widths, names)
+    return Anatomy(decoder, tuple(layers), taps, widths, names)
 
 
 def _find_layers(decoder: nn.Module, name: str) -> Sequence[nn.Module]:
@@ -96,7 +102,8 @@ def _interesting(decoder: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Modu
     return {module for module in found if not isinstance(module, _PASS_THROUGH)}
 
 
-def _probe(decoder: nn.Module) -> None:
+def probe(decoder: nn.Module) -> None:
+    """A pass over a few tokens."""
     device = next(decoder.parameters()).device
     decoder(input_ids=torch.arange(_PROBE_TOKENS, device=device)[None], use_cache=False)
 
@@ -173,7 +180,7 @@ def _verified_widths(
         return visit
 
     with torch.no_grad(), visiting((tap, rewrite(site)) for site, tap in taps.items()):
-        _probe(decoder)
+        probe(decoder)
     for layer in range(n_layers):
         if not all(_sums_to(total, *parts) for total, parts in _sums(layer, seen, mids)):
             raise CrosslensError(

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from crosslens.errors import UsageError
 from crosslens.lm import sites as naming
 from crosslens.lm.anatomy import Anatomy
+from crosslens.lm.midway import can_start_midway, starting_at
 from crosslens.lm.spec import ModelSpec
 from crosslens.lm.taps import Visit, visiting
 from crosslens.lm.tokenizer import tokenizer_hash
@@ -82,6 +83,41 @@ class LanguageModel:
         """Size of the last dimension of the activation at `site`."""
         return self.anatomy.widths[self._one(site)]
 
+    def read(
+        self,
+        tokens_BT: Integer[Tensor, "b t"],
+        visits: Mapping[str, Callable[[Tensor], None]],
+    ) -> None:
+        """Show the activation at each named site to its function, as one forward pass computes it.
+
+        The pass goes no deeper than it must; logits are computed only if `logits` is asked for.
+
+        Args:
+            tokens_BT: token ids, of any integer type, on any device.
+            visits: site -> function of `[B, T, width]`, in the model's dtype, on its device. It
+                sees the model's own tensor: what it keeps it must copy.
+        """
+        named = {self._one(site): visit for site, visit in visits.items()}
+        at_logits = named.pop("logits", None)
+        left = set(named)
+
+        def seeing(site: str) -> Visit:
+            def visit(x_BTD: Tensor) -> None:
+                named[site](x_BTD)
+                left.discard(site)
+                if not left and at_logits is None:
+                    raise _EverythingSeen
+
+            return visit
+
+        ordered = [site for site in self.anatomy.taps if site in named]
+        taps = [(self.anatomy.taps[site], seeing(site)) for site in ordered]
+        with torch.no_grad(), visiting(taps), suppress(_EverythingSeen):
+            if at_logits is None:
+                self._forward(self.anatomy.decoder, tokens_BT)
+            else:
+                at_logits(self._forward(self.module, tokens_BT).logits)
+
     def capture(self, tokens_BT: Integer[Tensor, "b t"], sites: Sequence[str]) -> dict[str, Tensor]:
         """The activations at `sites`, from one forward pass that goes no deeper than it must.
 
@@ -92,29 +128,24 @@ class LanguageModel:
         Returns:
             Canonical name -> `[B, T, width]`, in the model's dtype, on its device. Copies, made
             under `torch.no_grad` and not inference mode: they are constants that autograd may save.
-            Logits are computed only if `logits` is asked for.
         """
-        wanted = self.resolve(sites)
         seen: dict[str, Tensor] = {}
-        deep = "logits" in wanted
 
-        def keep(site: str) -> Visit:
+        def keep(site: str) -> Callable[[Tensor], None]:
             def visit(x_BTD: Tensor) -> None:
-                seen[site] = x_BTD.clone()
-                if len(seen) == len(wanted):
-                    raise _EverythingSeen
+                # Nothing writes into logits once they are there, and they are large.
+                seen[site] = x_BTD if site == "logits" else x_BTD.clone()
 
             return visit
 
-        visits = [(self.anatomy.taps[site], keep(site)) for site in wanted if site != "logits"]
-        with torch.no_grad(), visiting(visits), suppress(_EverythingSeen):
-            output = self._forward(self.module if deep else self.anatomy.decoder, tokens_BT)
-            if deep:
-                seen["logits"] = output.logits
-        return {site: seen[site] for site in wanted}
+        self.read(tokens_BT, {site: keep(site) for site in self.resolve(sites)})
+        return seen
 
     def run(
-        self, tokens_BT: Integer[Tensor, "b t"], edits: Mapping[str, Callable[[Tensor], Tensor]]
+        self,
+        tokens_BT: Integer[Tensor, "b t"],
+        edits: Mapping[str, Callable[[Tensor], Tensor]],
+        known: Mapping[str, Tensor] | None = None,
     ) -> Float[Tensor, "b t v"]:
         """The logits when the activation at each named site is replaced by a function of it.
 
@@ -125,6 +156,9 @@ class LanguageModel:
             tokens_BT: token ids, of any integer type, on any device.
             edits: site -> function from `[B, T, width]` to the same shape. It is given a copy. Its
                 result is cast to the activation's dtype.
+            known: what `capture` gave at some `resid_pre.N` for these tokens. The layers before the
+                deepest of them that no edit precedes are then not computed again, where the model
+                can be started midway; the result is the same.
 
         Raises:
             UsageError: an unknown site, or a function that changes the shape.
@@ -133,9 +167,29 @@ class LanguageModel:
         at_logits = named.pop("logits", None)
         ordered = [site for site in self.anatomy.taps if site in named]
         visits = [(self.anatomy.taps[site], _replacing(site, named[site])) for site in ordered]
-        with visiting(visits):
+        with self._starting(ordered, known or {}), visiting(visits):
             logits_BTV: Tensor = self._forward(self.module, tokens_BT).logits
         return logits_BTV if at_logits is None else _replacing("logits", at_logits)(logits_BTV)
+
+    def _starting(
+        self, edited: Sequence[str], known: Mapping[str, Tensor]
+    ) -> AbstractContextManager[None]:
+        """Inside the block, a pass starts where it may, for edits at these sites."""
+        order = list(self.anatomy.taps)
+        first = order.index(edited[0]) if edited else len(order)
+        entrances = [f"resid_pre.{layer}" for layer in range(self.n_layers)]
+        usable = [
+            layer
+            for layer, site in enumerate(entrances)
+            if site in known and order.index(site) <= first
+        ]
+        if not usable or not self._can_start_midway:
+            return nullcontext()
+        return starting_at(self.anatomy.layers, usable[-1], known[entrances[usable[-1]]])
+
+    @cached_property
+    def _can_start_midway(self) -> bool:
+        return can_start_midway(self.anatomy)
 
     def identity(self) -> dict[str, object]:
         """What tells this model from others, for a coder's or a run's JSON."""
@@ -179,18 +233,3 @@ def _replacing(site: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
         return new.to(old)
 
     return visit
-
-
-def next_token_loss(
-    logits_BTV: Float[Tensor, "b t v"], tokens_BT: Integer[Tensor, "b t"]
-) -> Float[Tensor, "b t-1"]:
-    """Cross-entropy of each next token in nats, in float32: entry t is the loss of token t+1.
-
-    Row by row, because a float32 copy of all logits can be larger than the model.
-    """
-    targets_BT = tokens_BT.to(logits_BTV.device, torch.long)
-    rows = [
-        F.cross_entropy(logits_TV[:-1].float(), targets_T[1:], reduction="none")
-        for logits_TV, targets_T in zip(logits_BTV, targets_BT, strict=True)
-    ]
-    return torch.stack(rows)

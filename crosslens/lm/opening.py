@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,11 @@ from torch import nn
 
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.lm.adapter import with_adapter
+from crosslens.lm.adapter import leaves_weights_alone, sharing_weights, with_adapter
 from crosslens.lm.anatomy import find_anatomy
 from crosslens.lm.loading import load_causal_lm, load_tokenizer, quiet_transformers, short
 from crosslens.lm.model import LanguageModel
-from crosslens.lm.source import locate
+from crosslens.lm.source import Source, locate
 from crosslens.lm.spec import ModelSpec
 
 
@@ -29,17 +32,58 @@ def open_model(spec: ModelSpec, name: str = "base") -> LanguageModel:
         UsageError: no such model, or something that is not a causal language model.
         CrosslensError: it cannot be fetched, is damaged, or is built in a way not understood.
     """
-    device, dtype = resolve_device(spec.device), resolve_dtype(spec.dtype)
-    source = locate(spec)
-    module = _load_module(source.folder, dtype)
-    if spec.adapter is not None:
-        module = with_adapter(module, spec.adapter)
-    module = module.to(device).eval().requires_grad_(False)
+    return open_models({name: spec})[name]
+
+
+def open_models(specs: Mapping[str, ModelSpec]) -> dict[str, LanguageModel]:
+    """The models named by `specs`, each as `open_model` gives it.
+
+    Those that differ in nothing but their adapters share the tokenizer and, where an adapter allows
+    it, the weights beneath: a model and a LoRA fine-tune of it take little more room than one.
+    """
+    trunks: dict[ModelSpec, _Trunk] = {}
+    return {name: _open(spec, name, trunks) for name, spec in specs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Trunk:
+    """A model without adapters, opened as far as it is needed."""
+
+    spec: ModelSpec
+
+    @cached_property
+    def source(self) -> Source:
+        return locate(self.spec)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return _load_tokenizer(self.source.folder)
+
+    @cached_property
+    def module(self) -> nn.Module:
+        return self.load()
+
+    def load(self) -> nn.Module:
+        """Its weights, read anew."""
+        device, dtype = resolve_device(self.spec.device), resolve_dtype(self.spec.dtype)
+        return _ready(_load_module(self.source.folder, dtype), device)
+
+    def with_adapter(self, path: str) -> nn.Module:
+        beneath = sharing_weights(self.module) if leaves_weights_alone(path) else self.load()
+        return _ready(with_adapter(beneath, path), resolve_device(self.spec.device))
+
+
+def _open(spec: ModelSpec, name: str, trunks: dict[ModelSpec, _Trunk]) -> LanguageModel:
+    plain = replace(spec, adapter=None)
+    trunk = trunks.setdefault(plain, _Trunk(plain))
+    module = trunk.module if spec.adapter is None else trunk.with_adapter(spec.adapter)
     with quiet_transformers():
         anatomy = find_anatomy(module)
-    return LanguageModel(
-        name, spec, module, _load_tokenizer(source.folder), anatomy, source.revision
-    )
+    return LanguageModel(name, spec, module, trunk.tokenizer, anatomy, trunk.source.revision)
+
+
+def _ready(module: nn.Module, device: torch.device) -> nn.Module:
+    return module.to(device).eval().requires_grad_(False)
 
 
 def open_tokenizer(spec: ModelSpec) -> Any:

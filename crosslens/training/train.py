@@ -16,7 +16,8 @@ from crosslens.config import from_plain
 from crosslens.device import resolve_device
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.evaluation import reconstruction
-from crosslens.lm import LanguageModel, open_model, tokenizer_hash
+from crosslens.lm import LanguageModel, tokenizer_hash
+from crosslens.lm import open_models as open_models_of
 from crosslens.storage import save_json
 from crosslens.text import Blocks, build_blocks
 from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
@@ -37,7 +38,7 @@ def silent(stage: str, done: int, total: int, figures: Mapping[str, float]) -> N
 
 def open_models(config: TrainConfig) -> dict[str, LanguageModel]:
     """All models of a configuration, by name."""
-    return {name: open_model(spec, name) for name, spec in config.models.items()}
+    return open_models_of(config.models)
 
 
 def train(run: Run, models: Models, report: Report = silent) -> dict[str, Any]:
@@ -111,7 +112,7 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
     device = resolve_device(config.fit.device)
     state = _new_state(run, config, source, calibration, sample_RX)
     capacity = int(config.fit.buffer_gb * 1e9 / (2 * source.layout.width))
-    ring = Ring(source, capacity, config.fit.batch, config.seed)
+    ring = Ring(source, capacity, config.fit.batch, config.seed, ahead=source.on_accelerator)
     position, complaints = restore_newest(run.folder / "checkpoints", state)
     for complaint in complaints:
         report(f"passed over: {complaint}", 0, 0, {})
