@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     curves, seconds = {}, {}
     for name, form in FORMS.items():
         config = config_of(form, asked)
-        folder = asked.work / name
+        folder = asked.fast if name == "fast" and asked.fast else asked.work / name
         run = open_run(folder) if (folder / "run.json").is_file() else create_run(folder, config)
         if not run.finished:
             train(run, open_models(config), report=lambda *_: None)
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/same_curve"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--fast", type=Path, help="a run of crosslens demo, if there is one")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=CONFIG.text.tokens)
     parser.add_argument("--chat", default="template", help="plain: for a model without template")
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def config_of(form: Mapping[str, Any], asked: argparse.Namespace) -> TrainConfig:
     """The demo's configuration in one of the two forms."""
-    every = max(1, asked.steps // 9)
+    every = min(CONFIG.fit.heldout_every, max(1, asked.steps // 3))
     fit = replace(CONFIG.fit, steps=asked.steps, batch=asked.batch, heldout_every=every, **form)
     corpora = {name: replace(c, chat=asked.chat) for name, c in CONFIG.text.corpora.items()}
     sizes = {"tokens": asked.tokens, "heldout": asked.heldout, "block": asked.block}
