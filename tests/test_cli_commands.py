@@ -111,7 +111,9 @@ def test_dry_run_writes_nothing(capsys, tmp_path, tiny_model_folder):
     found = last_json(capsys)
     assert found["sites"] == {"resid_mid.1": 32, "resid_post.2": 32}
     assert found["parameters"] == 48 * (64 + 64 + 1) + 64
-    assert found["memory_buffer"] == 1500 * 64 * 2
+    # Rows to train on and rows held out, in bfloat16; for each of the first where it is and what
+    # it is, and a count of its uses.
+    assert found["memory_buffer"] == (1500 + 64) * 64 * 2 + 1500 * (3 * 8 + 4)
     assert found["seconds"] > 0
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -16,14 +17,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 import crosslens
 from crosslens import cli
+from crosslens.cli import calibrate as calibrating
 from crosslens.cli import console, doctor, main
 from crosslens.cli.arguments import parse
 from crosslens.cli.doctor import Cpu, Gpu, Machine
 from crosslens.errors import CrosslensError, Diverged, Interrupted
+from crosslens.kernels import measuring
 from crosslens.training.config import TrainConfig
 
 WELL = Machine(
@@ -416,5 +420,64 @@ def test_doctor_in_words_and_as_json(capsys: pytest.CaptureFixture[str]) -> None
     assert any("hub" in line for line in found["advice"])
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for name in ("versions", "cores", "bfloat16", "memory", "disk free", "hub", "built-in"):
+    names = ("versions", "cores", "bfloat16", "memory", "disk free", "hub", "built-in")
+    for name in (*names, "kernels", "calibrated"):
         assert any(line.startswith(name) for line in out.splitlines())
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CROSSLENS_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def line_of(out: str, name: str) -> str:
+    [line] = [line for line in out.splitlines() if line.startswith(name)]
+    return line
+
+
+def test_doctor_calibrates_once(
+    own_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    before = line_of(capsys.readouterr().out, "calibrated")
+    assert "never measured" in before
+    assert "below 3 % active in bfloat16, 8 % active in float32, as is assumed" in before
+
+    small = tuple(replace(size, rows=8, latents=64) for size in measuring.SIZES[:1])
+    monkeypatch.setattr(measuring, "BUDGET", 0.0)
+    quickly = functools.partial(measuring.measure, sizes=small)
+    monkeypatch.setattr(calibrating, "measure", quickly)
+    assert main(["doctor", "--calibrate", "--device", "cpu"]) == 0
+    assert "operations/s" in line_of(capsys.readouterr().out, "calibrated")
+    [kept] = (own_cache / "calibration").iterdir()
+
+    monkeypatch.setattr(calibrating, "measure", lambda *_: pytest.fail("it was measured again"))
+    assert main(["doctor", "--json", "--device", "cpu"]) == 0
+    speed = json.loads(capsys.readouterr().out)["speed"]
+    assert speed["calibration_path"] == str(kept)
+    assert {each["dtype"] for each in speed["calibration"]["measured"]} == {"bfloat16", "float32"}
+    assert all(0 <= share <= 1 for share in speed["sparse_below"].values())
+
+    kept.write_text("{")
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert "is damaged" in line_of(capsys.readouterr().out, "calibrated")
+
+
+@pytest.mark.parametrize(
+    ("form", "said"),
+    [
+        ("native", "C, found to be fine"),
+        ("triton_rows", "Triton"),
+        ("stock", "torch's own operations, which are slower: found to be fine"),
+    ],
+)
+def test_doctor_tells_the_kernels(monkeypatch: pytest.MonkeyPatch, form: str, said: str) -> None:
+    monkeypatch.setattr(calibrating, "kernels_in_use", lambda device: form)
+    monkeypatch.setattr(calibrating, "built", lambda: SimpleNamespace(reason="found to be fine"))
+    assert calibrating.kernels_told(torch.device("cpu")) == said
+
+
+def test_doctor_refuses_an_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cuda:77"]) == 2
+    assert "cuda:77" in capsys.readouterr().err

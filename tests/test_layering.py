@@ -19,6 +19,7 @@ ROOMS = [
     "errors",
     "storage",
     "device",
+    "allocator",
     "config",
     "functional",
     "kernels",

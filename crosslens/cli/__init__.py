@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 
 from crosslens import __version__
-from crosslens.cli.memory import keep_freed_memory
+from crosslens.allocator import keep_freed_memory
 from crosslens.errors import CrosslensError, UsageError, suggestion
 
 COMMANDS = {

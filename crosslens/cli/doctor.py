@@ -13,7 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,8 +23,10 @@ import torch
 
 from crosslens import __version__
 from crosslens.cli.arguments import parse
+from crosslens.cli.calibrate import calibrate, calibration_told, kernels_told, speed
 from crosslens.cli.console import print_json
 from crosslens.config import to_plain
+from crosslens.device import resolve_device
 from crosslens.lm.builtin import BUILT_IN
 from crosslens.storage import cache_folder
 
@@ -37,6 +39,11 @@ Hub = Literal["reachable", "unreachable", "offline"]
 class Doctor:
     """What this machine has, and what to change."""
 
+    calibrate: bool = False
+    """Measure how fast this machine is at the parts of a training step, once: under a minute.
+    Training then takes the faster form of each step, and `train --dry-run` knows its time."""
+    device: str = "auto"
+    """The device whose speed is measured and told."""
     json: bool = False
     """Print one JSON object on stdout and nothing else there."""
 
@@ -84,11 +91,15 @@ def run(argv: Sequence[str]) -> int:
     """Examine the machine and print what was found, then advice."""
     description = "What this machine has, and what to change."
     options = parse(Doctor, argv, None, prog="crosslens doctor", description=description)
+    device = resolve_device(options.device)
+    if options.calibrate:
+        calibrate(device, quiet=options.json)
     machine = examine()
     if options.json:
-        print_json({**to_plain(machine), "advice": advice(machine)})
+        print_json({**to_plain(machine), "speed": speed(device), "advice": advice(machine)})
     else:
-        print(described(machine))
+        told = {"kernels": kernels_told(device), "calibrated": calibration_told(device)}
+        print(described(machine, told))
     return 0
 
 
@@ -150,8 +161,8 @@ def advice(machine: Machine) -> list[str]:
     return found
 
 
-def described(machine: Machine) -> str:
-    """The findings for people, one a line, then the advice."""
+def described(machine: Machine, more: Mapping[str, str] | None = None) -> str:
+    """The findings for people, one a line, then `more` of them, then the advice."""
     cpu = machine.cpu
     gpus = ", ".join(f"{gpu.name} ({gpu.memory_gb:.0f} GB)" for gpu in machine.gpus)
     disks = ", ".join(f"{free:.0f} GB in {folder}" for folder, free in machine.disk_free_gb.items())
@@ -168,8 +179,9 @@ def described(machine: Machine) -> str:
         "hub": machine.hub,
         "extras": extras or "none known",
         "built-in": ", ".join(machine.builtin) or "not cached",
+        **(more or {}),
     }
-    lines = [f"{name:<10}{text}" for name, text in rows.items()]
+    lines = [f"{name:<12}{text}" for name, text in rows.items()]
     return "\n".join([*lines, "", *(f"→ {line}" for line in advice(machine) or ["All is well."])])
 
 

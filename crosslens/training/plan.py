@@ -1,24 +1,29 @@
-"""What a training will take, from its shapes and a short probe; nothing is written."""
+"""What a training will take: from its shapes, from what `crosslens doctor --calibrate` measured,
+and from a short probe of the models. Nothing is written."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import psutil
 import torch
 
 from crosslens.activations import site_layout
-from crosslens.coder import Coder, Layout, transpose_init
+from crosslens.coder import Coder, Layout, Wiring
 from crosslens.device import resolve_device, resolve_dtype
-from crosslens.training.checkpoint import KEPT, TrainState
+from crosslens.kernels.calibration import Rates, find
+from crosslens.kernels.choice import break_even
 from crosslens.training.config import TrainConfig
-from crosslens.training.fit import Hooks, fit, new_optimizer
-from crosslens.training.optimizers import moments_kept, unscheduled
+from crosslens.training.footprint import buffer_rows, footprint
+from crosslens.training.probe import harvest_rate, new_coder, step_seconds
+from crosslens.training.step_cost import (
+    entries,
+    heldout_seconds,
+    is_sparse,
+    size_of,
+    step_cost,
+)
 from crosslens.training.train import Models
-
-FLOAT = 4
-"""Bytes of a weight, of its gradient, and of each moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,38 +34,74 @@ class Plan:
     parameters: int
     epochs: float
     """How often each token will be used."""
+    sparse: bool
+    """Whether steps hold and multiply their code's entries only, from the start."""
+    sparse_below: float
+    """The share of entries below which they do."""
     memory_coder: int
-    """Weights, gradients, moments and the working tensors of one step."""
+    """Weights, moments and copies in the products' format."""
+    memory_step: int
+    """The working tensors of one step."""
     memory_buffer: int
+    memory_models: int
+    """What this process holds once the models are open and have run."""
+    memory_peak: int
+    """Of the process, all together; without what lies on an accelerator."""
+    memory_device: int
+    """Of that accelerator, beside the models; 0 where there is none."""
     disk: int
+    """The run's directory at its end."""
+    disk_peak: int
+    """The same while a checkpoint is written."""
     harvest_tokens_per_s: float
     seconds_per_step: float
+    seconds_per_sparse_step: float | None
+    """The same once half of `sparse_below` is active, where the activation leaves that open; None
+    where it does not, or that was not measured."""
+    step_parts: dict[str, float]
+    """Seconds of a step by part; empty where they were not told apart."""
+    step_from: str
+    """What the time of a step is known from."""
     seconds: float
     """Harvest and training together."""
 
 
 def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
-    """Predict a run from its configuration, one forward pass and a few training steps."""
+    """Predict a run from its configuration.
+
+    Args:
+        probe_steps: training steps that are tried where the machine is not calibrated.
+    """
     layout = site_layout(models, config.sites)
-    parameters = sum(p.numel() for p in _coder(config, layout).parameters())
-    capacity = int(config.fit.buffer_gb * 1e9 / (2 * layout.width))
-    epochs = config.fit.steps * config.fit.batch / config.text.tokens
-    resident = config.text.tokens <= capacity
-    harvested = config.text.tokens * (1 if resident else epochs)
-    rate = _harvest_rate(config, models, layout)
-    step = _step_seconds(config, layout, probe_steps)
-    positions = config.text.tokens + config.text.heldout
-    kept = moments_kept(config.optimizer)
+    wiring = config.wiring(layout, config.coder.latents)
+    parameters = sum(p.numel() for p in _shapes(config, layout).parameters())
+    rate = harvest_rate(config, models, layout)
+    opened = psutil.Process().memory_info().rss
+    below = _sparse_below(config, wiring)
+    sizes = footprint(config, wiring, parameters, is_sparse(config, below))
+    step = _step(config, layout, below, probe_steps)
+    on_cpu = resolve_device(config.fit.device).type == "cpu"
+    computing = sizes.coder + sizes.step
     return Plan(
         sites=dict(zip(layout.sites, layout.widths, strict=True)),
         parameters=parameters,
-        epochs=epochs,
-        memory_coder=FLOAT * (2 + kept) * parameters + _working_bytes(config, layout, parameters),
-        memory_buffer=2 * layout.width * min(capacity, config.text.tokens),
-        disk=FLOAT * (1 + (1 + kept) * (KEPT + 1)) * parameters + 8 * positions,
+        epochs=config.fit.steps * config.fit.batch / config.text.tokens,
+        sparse=is_sparse(config, below),
+        sparse_below=below,
+        memory_coder=sizes.coder,
+        memory_step=sizes.step,
+        memory_buffer=sizes.buffer,
+        memory_models=opened,
+        memory_peak=opened + sizes.buffer + (computing if on_cpu else 0),
+        memory_device=0 if on_cpu else computing,
+        disk=sizes.disk,
+        disk_peak=sizes.disk_peak,
         harvest_tokens_per_s=rate,
-        seconds_per_step=step,
-        seconds=harvested / rate + config.fit.steps * step,
+        seconds_per_step=step.seconds,
+        seconds_per_sparse_step=step.sparse,
+        step_parts=step.parts,
+        step_from=step.told,
+        seconds=_harvested(config, wiring) / rate + _training_seconds(config, step),
     )
 
 
@@ -71,72 +112,79 @@ def check_sites(config: TrainConfig, layout: Layout) -> None:
     Raises:
         UsageError: what is wrong with them.
     """
-    with torch.device("meta"):
-        coder = _coder(config, layout)
-    config.objective.check_wiring(coder.wiring)
+    config.objective.check_wiring(_shapes(config, layout).wiring)
 
 
-def _coder(config: TrainConfig, layout: Layout) -> Coder:
+@dataclass(frozen=True)
+class _Step:
+    seconds: float
+    parts: dict[str, float]
+    told: str
+    heldout: float
+    """Seconds of one measurement on held-out rows."""
+    sparse: float | None = None
+    """Seconds of one that is sparse, as may come later in the run."""
+
+
+def _step(config: TrainConfig, layout: Layout, below: float, probe_steps: int) -> _Step:
+    """From the calibration; tried out where that says nothing of this configuration."""
     wiring = config.wiring(layout, config.coder.latents)
-    return Coder(wiring, config.coder.activation, center=config.coder.center)
+    found = find(resolve_device(config.fit.device))
+    if found.calibration is None:
+        why = f"{found.reason}: `crosslens doctor --calibrate`"
+    else:
+        size = size_of(wiring, config.fit.batch)
+        rates = found.calibration.rates(resolve_dtype(config.fit.dtype), size)
+        known = None if rates is None else _calibrated(config, wiring, rates, below)
+        if known is not None:
+            return known
+        why = "not calibrated for this optimizer or number format"
+    seconds = step_seconds(config, layout, probe_steps)
+    share = config.fit.heldout_rows / config.fit.batch
+    return _Step(seconds, {}, f"a probe ({why})", seconds * share / 2)
 
 
-def _working_bytes(config: TrainConfig, layout: Layout, parameters: int) -> int:
-    """Copies of the weights and their gradients in the products' format, and what one step holds:
-    pre-activations, scores, mask, code and their gradients; rows, targets, errors."""
-    size = resolve_dtype(config.fit.dtype).itemsize
-    per_row = config.coder.latents * (5 * size + 9) + layout.width * (3 * size + 20)
-    return 2 * size * parameters + config.fit.batch * per_row
-
-
-def _harvest_rate(config: TrainConfig, models: Models, layout: Layout) -> float:
-    length = config.text.block
-    shape = (max(1, config.fit.harvest_tokens // length), length)
-    seconds = 0.0
-    for name, model in models.items():
-        prefix = "" if len(models) == 1 else f"{name}/"
-        sites = [s.removeprefix(prefix) for s in layout.sites if s.startswith(prefix)]
-        tokens_BT = torch.randint(len(model.tokenizer), shape)
-        model.capture(tokens_BT, sites)  # the first pass also warms up
-        started = time.perf_counter()
-        model.capture(tokens_BT, sites)
-        seconds += time.perf_counter() - started
-    return shape[0] * shape[1] / seconds
-
-
-class _Noise:
-    """Batches of random rows, all alike."""
-
-    def __init__(self, batch: int, layout: Layout) -> None:
-        self.rows_BX = torch.randn(batch, layout.width).bfloat16()
-        self.began: list[float] = []
-
-    def next(self, check: Callable[[], None]) -> torch.Tensor:
-        self.began.append(time.perf_counter())
-        return self.rows_BX
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}
-
-
-def _step_seconds(config: TrainConfig, layout: Layout, steps: int) -> float:
-    """Seconds of one step, from `steps` of them after one to warm up."""
-    device = resolve_device(config.fit.device)
-    coder = _coder(config, layout)
-    transpose_init(coder, 0.1, torch.Generator().manual_seed(0))  # the start costs no step more
-    coder.to(device)
-    coder.compute_dtype = resolve_dtype(config.fit.dtype)
-    idle_L = torch.zeros(config.coder.latents, dtype=torch.int64, device=device)
-    last = steps + 2
-    probe = replace(
-        config,
-        fit=replace(
-            config.fit, steps=last, log_every=last, checkpoint_every=last, resample_every=0
-        ),
-        optimizer=unscheduled(config.optimizer),
-        objective=config.objective_in_shares(),
+def _calibrated(config: TrainConfig, wiring: Wiring, rates: Rates, below: float) -> _Step | None:
+    set_by_k = entries(config)
+    now = step_cost(config, wiring, rates, set_by_k if is_sparse(config, below) else None)
+    if now is None:
+        return None
+    later = None
+    if set_by_k is None and not config.objective.needs_all_latents:
+        later = step_cost(config, wiring, rates, below * config.coder.latents / 2)
+    return _Step(
+        seconds=now.seconds,
+        parts=now.parts,
+        told="the calibration",
+        heldout=heldout_seconds(config, wiring, rates),
+        sparse=None if later is None else later.seconds,
     )
-    noise = _Noise(config.fit.batch, layout)
-    state = TrainState(coder, new_optimizer(coder, probe.optimizer), idle_L)
-    fit(probe, state, noise, Hooks(lambda _: None, lambda _: None, lambda _: {}))
-    return (noise.began[-1] - noise.began[1]) / steps
+
+
+def _training_seconds(config: TrainConfig, step: _Step) -> float:
+    measured = config.fit.steps // config.fit.heldout_every + 1
+    return config.fit.steps * step.seconds + measured * step.heldout
+
+
+def _harvested(config: TrainConfig, wiring: Wiring) -> int:
+    """Positions that go through the models: text that fits the buffer once; of other text the
+    buffer's fill, and then half a buffer whenever half of it is used up."""
+    capacity, used = buffer_rows(config, wiring), config.fit.steps * config.fit.batch
+    trained = config.text.tokens
+    if trained > capacity:
+        trained = capacity + capacity // 2 * (2 * used // capacity)
+    return trained + config.fit.heldout_rows + min(config.fit.calibration_tokens, trained)
+
+
+def _sparse_below(config: TrainConfig, wiring: Wiring) -> float:
+    """As `crosslens.training.start` has it for a new run."""
+    if config.fit.sparse_below is not None:
+        return config.fit.sparse_below
+    dtype, device = resolve_dtype(config.fit.dtype), resolve_device(config.fit.device)
+    return break_even(dtype, device, size_of(wiring, config.fit.batch))
+
+
+def _shapes(config: TrainConfig, layout: Layout) -> Coder:
+    """A coder that has shapes only, and takes no memory."""
+    with torch.device("meta"):
+        return new_coder(config, layout)

@@ -18,6 +18,7 @@ from crosslens.kernels.choice import break_even
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
 from crosslens.training.optimizers import new_optimizer
+from crosslens.training.step_cost import size_of
 from crosslens.training.upkeep import renormalise_decoder
 
 
@@ -33,7 +34,7 @@ def first_state(coder: Coder, config: TrainConfig, sparse_below: float | None = 
     if sparse_below is None:
         sparse_below = config.fit.sparse_below
     if sparse_below is None:
-        sparse_below = break_even(dtype, device)
+        sparse_below = break_even(dtype, device, size_of(coder.wiring, config.fit.batch))
     coder.sparse_below = sparse_below
     idle_L = torch.zeros(coder.wiring.n_latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)

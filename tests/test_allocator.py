@@ -10,10 +10,10 @@ import pytest
 
 WHERE = """
 import sys, torch
-from crosslens.cli.memory import keep_freed_memory
+from crosslens.allocator import keep_freed_memory
 if sys.argv[1] == "kept":
     assert keep_freed_memory()
-address = torch.ones(20_000_000).data_ptr()
+address = torch.ones(7_000_000).data_ptr()
 heap = next(line.split()[0] for line in open("/proc/self/maps") if "[heap]" in line)
 first, last = (int(edge, 16) for edge in heap.split("-"))
 print(first <= address < last)

@@ -1,0 +1,131 @@
+"""What a training takes of memory and of the disk, from its shapes alone. All in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from crosslens.coder import Wiring
+from crosslens.device import resolve_device, resolve_dtype
+from crosslens.kernels.calibration import kernels_in_use
+from crosslens.training.checkpoint import KEPT
+from crosslens.training.config import TrainConfig
+from crosslens.training.optimizers import SignSGD, moments_kept
+from crosslens.training.step_cost import entries, size_of
+
+FLOAT = 4
+"""Bytes of a weight, of its gradient, and of each moment."""
+SLOT = 8 + 8 + 8
+"""Bytes that the buffer keeps for a row beside its activations: which it is, its place in the
+order, and among those that are free."""
+POSITION = 4
+"""Bytes that count the uses of one position of the text."""
+BACKWARD, AFTER = 4.3, 2.2
+"""Rows × latents tensors in the products' format that a step with its whole code holds at the peak
+of its backward pass, and when its weights are stepped."""
+PAIR = 60
+"""Bytes of one entry, with the index tensors that gather it and sort it by latent."""
+ROWS_HELD = 7
+"""Rows × width tensors in float32 that live at the peak of a step."""
+JUDGED = 1 + 8
+"""Bytes, beside the code, with which active entries are counted on held-out rows."""
+LINE = 450
+"""Bytes of a line of the metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Sizes in bytes."""
+
+    coder: int
+    """Weights, moments, and copies of the weights in the products' format."""
+    step: int
+    """What a step, or a measurement on held-out rows, holds at its peak."""
+    buffer: int
+    """Activations that wait to be trained on, and those held out."""
+    disk: int
+    """The run's directory at its end."""
+    disk_peak: int
+    """The same while the last checkpoint is written."""
+
+
+def footprint(config: TrainConfig, wiring: Wiring, parameters: int, sparse: bool) -> Footprint:
+    """The sizes of a configuration.
+
+    Args:
+        parameters: of the coder.
+        sparse: whether steps hold their code's entries only.
+    """
+    kept = moments_kept(config.optimizer)
+    size = resolve_dtype(config.fit.dtype).itemsize
+    copies = 0 if size == FLOAT else size * parameters
+    step = _entries_step(config, wiring) if sparse else _whole_step(config, wiring, parameters)
+    judged = _heldout_batch(config, wiring, parameters)
+    slots = min(buffer_rows(config, wiring), config.text.tokens)
+    width = wiring.harvest.width
+    state = FLOAT * parameters * (1 + kept) + _stream(config, slots)
+    saved = FLOAT * parameters + 8 * _positions(config) + LINE * _lines(config)
+    checkpoints = min(KEPT, math.ceil(config.fit.steps / config.fit.checkpoint_every))
+    return Footprint(
+        coder=FLOAT * (1 + kept) * parameters + copies,
+        step=round(max(step, judged)),
+        buffer=2 * width * (slots + config.fit.heldout_rows) + _stream(config, slots),
+        disk=saved + checkpoints * state,
+        disk_peak=saved + (checkpoints + 1) * state,
+    )
+
+
+def buffer_rows(config: TrainConfig, wiring: Wiring) -> int:
+    """Rows that the activation buffer has room for."""
+    return int(config.fit.buffer_gb * 1e9 / (2 * wiring.harvest.width))
+
+
+def _entries_step(config: TrainConfig, wiring: Wiring) -> int:
+    size = resolve_dtype(config.fit.dtype).itemsize
+    one, aux = size_of(wiring, config.fit.batch), config.objective.aux
+    pairs = one.rows * ((entries(config) or 0) + (aux.k // 2 if aux.weight > 0 else 0))
+    held = one.rows * one.latents * size + PAIR * pairs + _rows_held(config, wiring)
+    if kernels_in_use(resolve_device(config.fit.device)) == "stock":  # they sum a whole matrix
+        held += 2 * FLOAT * one.latents * max(one.read, one.written)
+    return held
+
+
+def _whole_step(config: TrainConfig, wiring: Wiring, parameters: int) -> float:
+    """The decoder's gradient is there at the peak of the backward pass, all are after it."""
+    size = resolve_dtype(config.fit.dtype).itemsize
+    one = size_of(wiring, config.fit.batch)
+    code, decoder = config.fit.batch * one.latents * size, one.latents * one.written
+    unconverted = 0 if size == FLOAT else size * decoder
+    backward = BACKWARD * code + FLOAT * decoder + unconverted
+    after = AFTER * code + FLOAT * parameters
+    return max(backward, after) + _rows_held(config, wiring)
+
+
+def _heldout_batch(config: TrainConfig, wiring: Wiring, parameters: int) -> int:
+    """The code, and which of it is active; averaged weights or decoders of norm 1 stand beside
+    those that training goes on with."""
+    size = resolve_dtype(config.fit.dtype).itemsize
+    beside = parameters if isinstance(config.optimizer, SignSGD) else 0
+    if config.coder.unit_norm:
+        beside = parameters // 2
+    rows = min(config.fit.batch, config.fit.heldout_rows)
+    code = rows * wiring.n_latents * (size + JUDGED)
+    return FLOAT * beside + code + _rows_held(config, wiring)
+
+
+def _rows_held(config: TrainConfig, wiring: Wiring) -> int:
+    width = (wiring.read.width + wiring.write.width) // 2
+    return ROWS_HELD * FLOAT * config.fit.batch * width
+
+
+def _stream(config: TrainConfig, slots: int) -> int:
+    return SLOT * slots + POSITION * config.text.tokens
+
+
+def _positions(config: TrainConfig) -> int:
+    return config.text.tokens + config.text.heldout
+
+
+def _lines(config: TrainConfig) -> int:
+    fit = config.fit
+    return fit.steps // fit.log_every + fit.steps // fit.heldout_every
