@@ -281,7 +281,7 @@ def _extras() -> dict[str, bool]:
         lines = importlib.metadata.requires("crosslens") or []
     except importlib.metadata.PackageNotFoundError:  # run from its source folder
         return {}
-    found = (re.match(r"([\w-]+).*extra == ['\"](?!dev)", line) for line in lines)
+    found = (re.match(r"([\w-]+).*extra == ['\"](?!dev|bench)", line) for line in lines)
     names = [match[1] for match in found if match]
     return {name: importlib.util.find_spec(name.replace("-", "_")) is not None for name in names}
 
