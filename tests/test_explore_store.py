@@ -18,13 +18,13 @@ from crosslens.coder import Coder, Crosscoder, ReLU, TopK, transpose_init
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.explore import ExamplePlan, LatentStore, gather
 from crosslens.explore import codes as codes_module
-from crosslens.explore.build import first_blocks
 from crosslens.explore.codes import Codes
 from crosslens.explore.examples import ExampleTable, choose_examples
 from crosslens.explore.statistics import N_BINS, statistics
 from crosslens.explore.store import coder_hash
 from crosslens.lm import ModelSpec, open_model
 from crosslens.text import Blocks, Vocabulary
+from crosslens.training.run import first_blocks
 
 PLAN = ExamplePlan(top=3, intervals=4, per_interval=2, before=5, after=3, seed=1)
 LATENTS = 24

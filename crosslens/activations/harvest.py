@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from crosslens.activations.batches import Batch, batches
 from crosslens.activations.policy import Counts, TokenPolicy, token_mask, within_norms
+from crosslens.activations.swapped import Exchange
 from crosslens.coder import Layout
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.lm import LanguageModel, split_site, tokenizer_hash
 from crosslens.text import Blocks
 
 
-def site_layout(models: Mapping[str, LanguageModel], patterns: Sequence[str]) -> Layout:
+def site_layout(
+    models: Mapping[str, LanguageModel], patterns: Sequence[str], align: bool = False
+) -> Layout:
     """The layout of all sites that match `patterns`, model by model, in order of depth.
 
     With one model a site has its plain name; with several, its model's name in front. A pattern
     that names no model applies to each of them.
+
+    Args:
+        align: the models may have different tokenizers: their blocks are aligned.
     """
-    _check_same_tokens(models)
+    if not align:
+        _check_same_tokens(models)
     sites: list[str] = []
     widths: list[int] = []
     for name, model in models.items():
@@ -43,13 +52,35 @@ def _plain(pattern: str, name: str, models: Mapping[str, LanguageModel]) -> str 
 
 
 def _check_same_tokens(models: Mapping[str, LanguageModel]) -> None:
-    hashes = {name: tokenizer_hash(model.tokenizer) for name, model in models.items()}
-    if len(set(hashes.values())) > 1:
+    if other_tokenizers(models):
+        hashes = {name: tokenizer_hash(model.tokenizer) for name, model in models.items()}
         told = ", ".join(f"{name} {digest[:8]}" for name, digest in hashes.items())
         raise UsageError(
             f"The models {' and '.join(models)} have different tokenizers ({told}), so their "
-            "rows would not come from the same tokens. Pair models that share a tokenizer."
+            "rows would not come from the same tokens. Pair models that share a tokenizer, or pair "
+            "tokens that end at the same place in the text: --align."
         )
+
+
+def other_tokenizers(models: Mapping[str, LanguageModel]) -> dict[str, Any]:
+    """The tokenizers of those models that do not cut text as the first one does, by name."""
+    own = {name: tokenizer_hash(model.tokenizer) for name, model in models.items()}
+    first = next(iter(own.values()), None)
+    return {name: models[name].tokenizer for name, hashed in own.items() if hashed != first}
+
+
+def check_aligned(models: Mapping[str, LanguageModel], blocks: Blocks) -> None:
+    """Refuse blocks that one of the models would misread.
+
+    Raises:
+        CrosslensError: it cuts text otherwise than the first, and has no blocks of its own.
+    """
+    for name in other_tokenizers(models):
+        if name not in blocks.others:
+            raise CrosslensError(
+                f"These blocks are not cut for the model {name}, whose tokenizer is another than "
+                f"that of {next(iter(models))}. Build them with build_blocks(…, others=…)."
+            )
 
 
 @dataclass(frozen=True)
@@ -82,17 +113,6 @@ Receive = Callable[[int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Blocks that go through the models together, cut where the last position that counts is."""
-
-    tokens_BT: Tensor
-    at_r: Tensor
-    """Which of the chunk's rows lie in these blocks."""
-    position_r: Tensor
-    """Where they lie among the batch's positions, block after block."""
-
-
-@dataclass(frozen=True)
 class Source:
     """Activations of `blocks` at the sites of `layout`, chunk by chunk, always in the same chunks:
     harvesting a chunk again gives the same numbers."""
@@ -104,6 +124,9 @@ class Source:
     median_P: Tensor | None = None
     """Median norm per site; outliers are kept while it is not known."""
     blocks_per_chunk: int = 8
+    exchange: Exchange | None = None
+    """Which tokens' rows go to the other model's sites: a null, in which the models' names mean
+    nothing."""
 
     @property
     def n_chunks(self) -> int:
@@ -121,16 +144,6 @@ class Source:
     @cached_property
     def _token_mask(self) -> Tensor:
         return token_mask(self.policy, self.blocks)[0]
-
-    @cached_property
-    def _length_N(self) -> Tensor:
-        """How far each block must be run to reach every position that may count. In quarters of a
-        block, since each length costs kernels of its own."""
-        quarter = -(-self.block_length // 4)
-        number_T = torch.arange(1, self.block_length + 1)
-        needed_N = (self._token_mask * number_T).amax(1)
-        quarters_N = (needed_N + quarter - 1) // quarter
-        return (quarters_N * quarter).clamp_max(self.block_length)
 
     @property
     def n_positions(self) -> int:
@@ -165,11 +178,14 @@ class Source:
         Raises:
             CrosslensError: activations are not finite.
         """
-        norm_RP = torch.empty(len(self.rows_of(index)), len(self.layout.sites))
+        row_R = self.rows_of(index)
+        if self.exchange:
+            receive = self.exchange.passed_on(row_R, receive)
+        norm_RP = torch.empty(len(row_R), len(self.layout.sites))
         for batch in self._batches(index):
             norms: dict[int, Tensor] = {}
             for name, model in self.models.items():
-                model.read(batch.tokens_BT, self._takers(name, batch, norms, receive))
+                model.read(batch.of(name).tokens_BT, self._takers(name, batch, norms, receive))
             norm_RP[batch.at_r] = _side_by_side([norms[p] for p in range(len(norms))])
         return self._judge(index, norm_RP)
 
@@ -181,7 +197,7 @@ class Source:
         def receive(p: int, at_r: Tensor, rows_rD: Tensor) -> None:
             if not len(sites[p]):
                 sites[p] = rows_rD.new_empty(len(row_R), rows_rD.shape[-1])
-            sites[p][at_r.to(rows_rD.device)] = rows_rD
+            sites[p][at_r.to(sites[p].device)] = rows_rD.to(sites[p])
 
         verdict = self.stream(index, receive)
         fine_R = verdict.fine_R
@@ -192,27 +208,33 @@ class Source:
         return (self.chunk(i) for i in range(self.n_chunks))
 
     def keep(self, index: int, sites: Sequence[Tensor]) -> tuple[Tensor, Counts]:
-        """Positions of chunk `index` that count [B, T] (bool), given all their activations, per
-        site [B, T, D]."""
+        """Positions of chunk `index` that count [B, T] (bool), given all activations, per site
+        [B, T, D] (at as many positions as its model has)."""
         keep_BT = self._token_mask[self.block_range(index)].clone()
-        verdict = self._judge(index, row_norms(sites)[keep_BT.flatten()])
+        norms = []
+        for site, x_BTD in zip(self.layout.sites, sites, strict=True):
+            norms.append(_norms(x_BTD[self.places(index, self.model_of(site), keep_BT)]))
+        verdict = self._judge(index, _side_by_side(norms))
         keep_BT[keep_BT.clone()] = verdict.fine_R
         return keep_BT, verdict.counts
 
-    def _batches(self, index: int) -> Iterator[_Batch]:
-        """Blocks of a chunk that end early go together, so that little of a batch is padding."""
+    def places(self, index: int, model: str, keep_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Block of chunk `index` and position in it as `model` reads it, of each of the positions
+        `keep_BT` of the first model, in their order."""
+        block_R, position_R = keep_BT.nonzero(as_tuple=True)
+        blocks = self.blocks.some(self.block_range(index))
+        return block_R, blocks.places(model, block_R, position_R)
+
+    def model_of(self, site: str) -> str:
+        """The model that a site of the layout belongs to."""
+        return split_site(site)[0] or next(iter(self.models))
+
+    def _batches(self, index: int) -> Iterator[Batch]:
         at = self.block_range(index)
-        tokens_BT, length_B = self.blocks.tokens_NT[at], self._length_N[at]
-        block_R, position_R = self._token_mask[at].nonzero(as_tuple=True)
-        for length in sorted(set(length_B[length_B > 0].tolist())):
-            mine_B = length_B == length
-            at_r = mine_B[block_R].nonzero().squeeze(-1)
-            place_B = mine_B.cumsum(0) - 1
-            position_r = place_B[block_R[at_r]] * length + position_R[at_r]
-            yield _Batch(tokens_BT[mine_B, :length], at_r, position_r)
+        return batches(self.blocks.some(at), self._token_mask[at])
 
     def _takers(
-        self, name: str, batch: _Batch, norms: dict[int, Tensor], receive: Receive
+        self, name: str, batch: Batch, norms: dict[int, Tensor], receive: Receive
     ) -> dict[str, Callable[[Tensor], None]]:
         """What a model's sites are shown to: it passes on the batch's rows and notes their norms.
 
@@ -223,7 +245,7 @@ class Source:
         def taker(p: int) -> Callable[[Tensor], None]:
             def take(x_BTD: Tensor) -> None:
                 # index_select is several times faster on a CPU than indexing.
-                at_r = batch.position_r.to(x_BTD.device)
+                at_r = batch.of(name).position_r.to(x_BTD.device)
                 rows_rD = x_BTD.flatten(0, 1).index_select(0, at_r)
                 norms[p] = _norms(rows_rD)
                 receive(p, batch.at_r, rows_rD)
@@ -234,8 +256,10 @@ class Source:
         return {s.removeprefix(prefix): taker(p) for p, s in sites if s.startswith(prefix)}
 
     def _judge(self, index: int, norm_RP: Tensor) -> Verdict:
-        _, counts = token_mask(self.policy, _some(self.blocks, self.block_range(index)))
+        _, counts = token_mask(self.policy, self.blocks.some(self.block_range(index)))
         self._check_finite(norm_RP, index)
+        if self.exchange:
+            norm_RP = self.exchange.norms(self.rows_of(index), norm_RP)
         if self.median_P is None:
             fine_R = torch.ones(len(norm_RP), dtype=torch.bool)
         else:
@@ -251,10 +275,6 @@ class Source:
                 f"{self.block_range(index).start}). Most likely the number format overflows: "
                 "set the model's dtype to bfloat16 or float32."
             )
-
-
-def _some(blocks: Blocks, at: slice) -> Blocks:
-    return replace(blocks, tokens_NT=blocks.tokens_NT[at], docs_NT=blocks.docs_NT[at])
 
 
 def row_norms(sites: Sequence[Tensor]) -> Tensor:

@@ -41,10 +41,13 @@ class Counts:
     padding: int = 0
     special: int = 0
     outlier: int = 0
+    unpaired: int = 0
+    """No token of some other model ends there."""
 
     @property
     def kept(self) -> int:
-        return self.seen - self.bos - self.padding - self.special - self.outlier
+        dropped = self.bos + self.padding + self.special + self.outlier + self.unpaired
+        return self.seen - dropped
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -53,22 +56,36 @@ class Counts:
             self.padding + other.padding,
             self.special + other.special,
             self.outlier + other.outlier,
+            self.unpaired + other.unpaired,
         )
 
 
 def token_mask(policy: TokenPolicy, blocks: Blocks) -> tuple[Tensor, Counts]:
-    """What the token alone decides: positions to keep [N, T] (bool), and the counts."""
+    """What the token alone decides: positions to keep [N, T] (bool), and the counts.
+
+    Where models have tokenizers of their own, only positions count at which each has a token that
+    ends there, and the policy holds for each of these tokens.
+    """
     keep_NT = torch.ones(blocks.tokens_NT.shape, dtype=torch.bool)
-    dropped = []
-    for switch, mask_NT in (
-        (policy.drop_bos, blocks.bos_NT),
-        (policy.drop_padding, blocks.padding_NT),
-        (policy.drop_special, blocks.special_NT),
+    dropped = {}
+    for name, switch, mask_NT in (
+        ("bos", policy.drop_bos, blocks.bos_NT),
+        ("padding", policy.drop_padding, blocks.padding_NT),
+        ("special", policy.drop_special, _special_to_some(blocks)),
+        ("unpaired", True, ~blocks.paired_NT),
     ):
         hit_NT = mask_NT & keep_NT if switch else torch.zeros_like(keep_NT)
-        dropped.append(int(hit_NT.sum()))
+        dropped[name] = int(hit_NT.sum())
         keep_NT &= ~hit_NT
-    return keep_NT, Counts(keep_NT.numel(), *dropped)
+    return keep_NT, Counts(keep_NT.numel(), **dropped)
+
+
+def _special_to_some(blocks: Blocks) -> Tensor:
+    mask_NT = blocks.special_NT
+    for model, other in blocks.others.items():
+        own_NT = blocks.of(model).special_NT.gather(1, other.place_NT.clamp_min(0).long())
+        mask_NT = mask_NT | (own_NT & (other.place_NT >= 0))
+    return mask_NT
 
 
 def within_norms(policy: TokenPolicy, norm_RP: Tensor, median_P: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def described(config: TrainConfig, found: Plan) -> str:
         "coder": f"{config.coder.latents} latents, {number(found.parameters)} parameters",
         "data": f"{number(config.text.tokens)} tokens, {found.epochs:.2g} epochs in "
         f"{config.fit.steps} steps of {config.fit.batch}",
+        "alignment": _alignment(found),
         "memory": _memory(found),
         "disk": f"{number(found.disk)}B; {number(found.disk_peak)}B while the last checkpoint is "
         "written",
@@ -37,6 +38,11 @@ def described(config: TrainConfig, found: Plan) -> str:
         "time": f"about {duration(found.seconds)}",
     }
     return "\n".join(f"{name:<12}{text}" for name, text in rows.items() if text)
+
+
+def _alignment(found: Plan) -> str:
+    shares = ", ".join(f"{share:.1%} of {name}'s" for name, share in found.coverage.items())
+    return f"{shares} tokens pair, from a sample" if shares else ""
 
 
 def _memory(found: Plan) -> str:

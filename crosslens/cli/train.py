@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
         refuse_taken(folder, overwrite=switches.overwrite)
         models = open_models(config)
         # What does not fit the models' sites is told before anything is written.
-        check_sites(config, site_layout(models, config.sites))
+        check_sites(config, site_layout(models, config.sites, config.align))
         made = create_run(folder, config, overwrite=switches.overwrite)
         if switches.recipe:
             extend_record(made, {"recipe": switches.recipe})

@@ -19,6 +19,7 @@ from crosslens.coder.biases import (
     set_firing_rate,
 )
 from crosslens.coder.coder import Coder
+from crosslens.coder.dense import dense_decoder, dense_encoder
 from crosslens.coder.folding import fold, unfold
 from crosslens.coder.gathering import Copies, RowGradients
 from crosslens.coder.initialise import (
@@ -81,6 +82,8 @@ __all__ = [
     "all_rows",
     "center_at_median",
     "center_biases",
+    "dense_decoder",
+    "dense_encoder",
     "fold",
     "geometric_median",
     "load",

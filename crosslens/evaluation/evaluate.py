@@ -43,6 +43,9 @@ def evaluate(
 ) -> Evaluation:
     """Reconstruction over all of the source, splicing over its first `splice_tokens` positions.
 
+    Where two models exchange their activations there is no splicing: a reconstruction of one
+    model's activations belongs in the other.
+
     Raises:
         UsageError: the coder and the source do not have the same sites.
     """
@@ -53,6 +56,9 @@ def evaluate(
         )
     found = reconstruction(coder, _rows(source, report))
     if splice_tokens < 1:
+        return Evaluation(found, {})
+    if source.exchange:
+        report("no splicing: the models exchange their activations (shuffle_models)", 0, 0)
         return Evaluation(found, {})
     spliced = splice(
         coder, source, found.mean, splice_tokens, lambda done, n: report("splice", done, n)

@@ -12,7 +12,8 @@ from torch import Tensor
 from crosslens.activations import Source
 from crosslens.coder import Coder, all_rows, replacements
 from crosslens.coder.rows import spliced_sites
-from crosslens.lm import next_token_loss, split_site
+from crosslens.errors import UsageError
+from crosslens.lm import LanguageModel, next_token_loss, split_site
 from crosslens.lm.losses import pieces
 
 
@@ -48,16 +49,23 @@ def splice(
 
     Args:
         mean: mean activation per harvested site [D], for mean ablation.
+
+    Raises:
+        UsageError: the source's models exchange their activations.
     """
+    if source.exchange:
+        raise UsageError(
+            "These rows are of models that exchange their activations (shuffle_models), so a "
+            "reconstruction does not belong in the model whose name it has: it cannot be spliced."
+        )
     coder.eval()
     n_chunks = min(source.n_chunks, max(1, round(tokens / source.rows_per_chunk)))
-    totals = {site: torch.zeros(5, dtype=torch.float64) for site in spliced_sites(coder.wiring)}
-    counted = 0
+    totals = {site: torch.zeros(6, dtype=torch.float64) for site in spliced_sites(coder.wiring)}
     for index in range(n_chunks):
-        counted += _add_chunk(coder, source, mean, index, totals)
+        _add_chunk(coder, source, mean, index, totals)
         if on_chunk:
             on_chunk(index + 1, n_chunks)
-    return {site: _figures(total / counted) for site, total in totals.items()}
+    return {site: _figures(total[:5] / total[5]) for site, total in totals.items()}
 
 
 def _add_chunk(
@@ -66,33 +74,37 @@ def _add_chunk(
     mean: Mapping[str, Tensor],
     index: int,
     totals: Mapping[str, Tensor],
-) -> int:
-    at = source.block_range(index)
-    tokens_BT = source.blocks.tokens_NT[at]
-    real_BT = ~source.blocks.padding_NT[at][:, 1:]
-    clean = {name: _clean(name, source, tokens_BT) for name in source.models}
-    sites = [clean[_model_of(site, source)].sites[site] for site in source.layout.sites]
+) -> None:
+    """Add up what each site's replacements lose on chunk `index`, and the tokens predicted."""
+    clean = {name: _clean(name, source, index) for name in source.models}
+    owners = [source.model_of(site) for site in source.layout.sites]
+    sites = [clean[o].sites[s] for o, s in zip(owners, source.layout.sites, strict=True)]
     keep_BT, _ = source.keep(index, sites)
-    rows_RX = torch.cat([site[keep_BT.to(site.device)].float() for site in sites], -1)
+    at = {name: source.places(index, name, keep_BT) for name in source.models}
+    rows_RX = torch.cat([x[at[o]].float() for o, x in zip(owners, sites, strict=True)], -1)
     rows = all_rows(coder.wiring, rows_RX.to(coder.b_dec.device))
     recon = replacements(coder.wiring, rows_RX, coder(rows.x_BX, rows.site_B))
     for site in totals:
-        known = clean[_model_of(site, source)]
-        spliced = _Spliced(source, site, tokens_BT, keep_BT, known)
+        name = source.model_of(site)
+        known = clean[name]
+        spliced = _Spliced(source.models[name], split_site(site)[1], at[name], known)
         logits_BTV = spliced.logits(recon[site])
-        losses_BT = [known.loss_BT, next_token_loss(logits_BTV, tokens_BT).cpu()]
+        losses_BT = [known.loss_BT, next_token_loss(logits_BTV, known.tokens_BT).cpu()]
         kl_BT = kl_divergence(known.logits_BTV, logits_BTV)[:, :-1].cpu()
         for values in (torch.zeros(()), mean[site]):
-            losses_BT.append(next_token_loss(spliced.logits(values), tokens_BT).cpu())
-        sums = [each_BT[real_BT].double().sum() for each_BT in (*losses_BT, kl_BT)]
-        totals[site].add_(torch.stack(sums))
-    return int(real_BT.sum())
+            losses_BT.append(next_token_loss(spliced.logits(values), known.tokens_BT).cpu())
+        sums = [each_BT[known.real_BT].double().sum() for each_BT in (*losses_BT, kl_BT)]
+        totals[site].add_(torch.stack([*sums, known.real_BT.sum().double()]))
 
 
 @dataclass(frozen=True)
 class _Clean:
     """What a model computes when it is left alone."""
 
+    tokens_BT: Tensor
+    """Cut by its own tokenizer."""
+    real_BT: Tensor
+    """Predictions of a token, not of padding."""
     sites: dict[str, Tensor]
     """Activations by the names that the source gives its sites."""
     entering: dict[str, Tensor]
@@ -101,20 +113,23 @@ class _Clean:
     loss_BT: Tensor
 
 
-def _clean(name: str, source: Source, tokens_BT: Tensor) -> _Clean:
-    model = source.models[name]
+def _clean(name: str, source: Source, index: int) -> _Clean:
+    model, own = source.models[name], source.blocks.some(source.block_range(index)).of(name)
+    tokens_BT, real_BT = own.tokens_NT, ~own.padding_NT[:, 1:]
     mine = {
-        site: split_site(site)[1] for site in source.layout.sites if _model_of(site, source) == name
+        site: split_site(site)[1] for site in source.layout.sites if source.model_of(site) == name
     }
     entering = {f"resid_pre.{layer}" for layer in map(_layer, mine.values()) if layer is not None}
     seen = model.capture(tokens_BT, [*mine.values(), *entering, "logits"])
-    sites = {site: seen[plain] for site, plain in mine.items()}
     loss_BT = next_token_loss(seen["logits"], tokens_BT).cpu()
-    return _Clean(sites, {site: seen[site] for site in entering}, seen["logits"], loss_BT)
-
-
-def _model_of(site: str, source: Source) -> str:
-    return split_site(site)[0] or next(iter(source.models))
+    return _Clean(
+        tokens_BT=tokens_BT,
+        real_BT=real_BT,
+        sites={site: seen[plain] for site, plain in mine.items()},
+        entering={site: seen[site] for site in entering},
+        logits_BTV=seen["logits"],
+        loss_BT=loss_BT,
+    )
 
 
 def _layer(site: str) -> int | None:
@@ -127,23 +142,21 @@ def _layer(site: str) -> int | None:
 class _Spliced:
     """A model with one site replaced where the policy counts the token."""
 
-    source: Source
+    model: LanguageModel
     site: str
-    tokens_BT: Tensor
-    keep_BT: Tensor
+    """By the model's own name for it."""
+    at: tuple[Tensor, Tensor]
+    """Block and position of each token that counts."""
     clean: _Clean
 
     def logits(self, values: Tensor) -> Tensor:
-        """With `values` ([R, D], or anything that broadcasts to it) at the kept positions."""
+        """With `values` ([R, D], or anything that broadcasts to it) at the tokens that count."""
 
         def replaced(x_BTD: Tensor) -> Tensor:
-            keep_BT = self.keep_BT.to(x_BTD.device)
-            x_BTD[keep_BT] = values.to(x_BTD).expand(int(keep_BT.sum()), x_BTD.shape[-1])
+            x_BTD[self.at] = values.to(x_BTD).expand(len(self.at[0]), x_BTD.shape[-1])
             return x_BTD
 
-        model = self.source.models[_model_of(self.site, self.source)]
-        edits = {split_site(self.site)[1]: replaced}
-        return model.run(self.tokens_BT, edits, self.clean.entering)
+        return self.model.run(self.clean.tokens_BT, {self.site: replaced}, self.clean.entering)
 
 
 def kl_divergence(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from crosslens.coder import Coder, load
 from crosslens.device import resolve_device, resolve_dtype
@@ -18,8 +16,9 @@ from crosslens.explore.report import write_report
 from crosslens.explore.store import LatentStore, coder_hash, load_manifest
 from crosslens.lm import LanguageModel
 from crosslens.storage import load_json
-from crosslens.text import Blocks, Vocabulary
+from crosslens.text import Vocabulary
 from crosslens.training import Run, open_models, run_source
+from crosslens.training.run import first_blocks
 
 TOKENS = 60_000
 
@@ -68,23 +67,6 @@ def build(
     evaluation = run.folder / "evaluation.json"
     found = load_json(evaluation) if evaluation.is_file() else None
     return Built(write_report(run, store, found), store, gathered)
-
-
-def first_blocks(heldout: Blocks, train: Blocks, tokens: int) -> tuple[Blocks, int]:
-    """The fewest blocks with `tokens` positions, held-out ones first, as far as they go; and how
-    many of them are held out."""
-    wanted = -(-tokens // heldout.tokens_NT.shape[1])
-    n_heldout = min(wanted, len(heldout.tokens_NT))
-    more = slice(0, wanted - n_heldout)
-    docs_NT = train.docs_NT[more]
-    shifted_NT = torch.where(docs_NT < 0, docs_NT, docs_NT + len(heldout.documents))
-    blocks = replace(
-        heldout,
-        tokens_NT=torch.cat([heldout.tokens_NT[:n_heldout], train.tokens_NT[more]]),
-        docs_NT=torch.cat([heldout.docs_NT[:n_heldout], shifted_NT]),
-        documents=(*heldout.documents, *train.documents),
-    )
-    return blocks, n_heldout
 
 
 def _coder(run: Run) -> Coder:

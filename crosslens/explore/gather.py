@@ -48,7 +48,8 @@ def gather(
     figures = statistics(codes)
     tokens_NT = source.blocks.tokens_NT.numpy()
     examples = choose_examples(codes, figures.max_L, tokens_NT, plan)
-    logits = direct_logits(coder, source.models, len(vocabulary))
+    named = {name: m for name, m in source.models.items() if name not in source.blocks.others}
+    logits = direct_logits(coder, named, len(vocabulary))  # of models with this vocabulary
     manifest = Manifest(
         coder=coder_hash(coder),
         tokens=codes.counted,

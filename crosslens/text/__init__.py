@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from crosslens.text.blocks import Blocks
+from crosslens.text.alignment import Coverage, aligned, coverage
+from crosslens.text.blocks import Blocks, Other
 from crosslens.text.build import Count, Split, build_blocks
 from crosslens.text.config import Corpus, TextConfig
 from crosslens.text.vocabulary import Piece, Vocabulary, visible
@@ -11,10 +12,14 @@ __all__ = [
     "Blocks",
     "Corpus",
     "Count",
+    "Coverage",
+    "Other",
     "Piece",
     "Split",
     "TextConfig",
     "Vocabulary",
+    "aligned",
     "build_blocks",
+    "coverage",
     "visible",
 ]

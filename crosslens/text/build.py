@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from crosslens.errors import CrosslensError
+from crosslens.text.alignment import aligned
 from crosslens.text.blocks import Blocks, fingerprint
 from crosslens.text.config import TextConfig, check, shares
 from crosslens.text.mixture import Reader, fill
@@ -44,8 +46,13 @@ class Split:
     counts: dict[str, Count]
 
 
-def build_blocks(config: TextConfig, tokenizer: Any, seed: int) -> Split:
+def build_blocks(
+    config: TextConfig, tokenizer: Any, seed: int, others: Mapping[str, Any] | None = None
+) -> Split:
     """Read, split, mix, tokenise and pack; the same config, tokenizer and seed give the same.
+
+    Args:
+        others: tokenizers of models, by name, for which the same text is also to be cut.
 
     Raises UsageError where the configuration is wrong and CrosslensError where the text is:
     missing, empty, unreadable, or less than asked for.
@@ -63,6 +70,8 @@ def build_blocks(config: TextConfig, tokenizer: Any, seed: int) -> Split:
     heldout = fill("heldout", readers, parts, frame.whole(config.heldout), keep_other=False)
     _check_enough(config, readers, train, heldout)
     sides = pack(train, config.tokens, frame), pack(heldout, config.heldout, frame)
+    if others:
+        sides = aligned(sides[0], tokenizer, others), aligned(sides[1], tokenizer, others)
     return Split(
         train=sides[0],
         heldout=sides[1],

@@ -151,7 +151,16 @@ class TrainConfig:
     objective: Objective = Objective()
     optimizer: OptimizerConfig = Adam()
     fit: FitConfig = FitConfig()
+    align: bool = False
+    """Pair models with different tokenizers by their decoded text: rows are the tokens of the first
+    model at whose end every other model has a token that ends there too."""
+    shuffle_models: bool = False
+    """Two models exchange their activations on a random half of the tokens, everywhere in this run.
+    What a diff finds then, it finds where there is nothing to find."""
     seed: int = 0
+    start: str | None = None
+    """Folder of a coder (or of a finished run) to go on from, scales included, instead of drawing
+    weights: same wiring and activation, sites of the same widths. The schedule begins anew."""
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -169,6 +178,11 @@ class TrainConfig:
             raise UsageError(
                 f"coder.shared_start is for two models; there are {len(self.models)}: "
                 f"{', '.join(self.models)}."
+            )
+        if self.shuffle_models and len(self.models) != 2:
+            raise UsageError(
+                "shuffle_models exchanges the activations of two models; there are "
+                f"{len(self.models)}: {', '.join(self.models)}."
             )
 
     def _check_schedules(self) -> None:

@@ -3,16 +3,19 @@ and from a short probe of the models. Nothing is written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
-from crosslens.activations import site_layout
+from crosslens.activations import other_tokenizers, site_layout
+from crosslens.activations.swapped import exchange_of
 from crosslens.coder import Coder, Layout, Wiring
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.kernels.calibration import Rates, find
 from crosslens.kernels.choice import break_even
+from crosslens.text import build_blocks, coverage
 from crosslens.training.config import TrainConfig
 from crosslens.training.footprint import buffer_rows, footprint
 from crosslens.training.probe import harvest_rate, new_coder, step_seconds
@@ -24,6 +27,9 @@ from crosslens.training.step_cost import (
     step_cost,
 )
 from crosslens.training.train import Models
+
+_SAMPLE = 20_000
+"""Tokens of text on which alignment is tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +70,9 @@ class Plan:
     """What the time of a step is known from."""
     seconds: float
     """Harvest and training together."""
+    coverage: dict[str, float]
+    """Share of each model's tokens that pair, on a sample of the text; empty where all models cut
+    text alike."""
 
 
 def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
@@ -72,7 +81,8 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
     Args:
         probe_steps: training steps that are tried where the machine is not calibrated.
     """
-    layout = site_layout(models, config.sites)
+    layout = site_layout(models, config.sites, config.align)
+    paired = _coverage(config, models)
     wiring = config.wiring(layout, config.coder.latents)
     parameters = sum(p.numel() for p in _shapes(config, layout).parameters())
     rate = harvest_rate(config, models, layout)
@@ -85,7 +95,7 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
     return Plan(
         sites=dict(zip(layout.sites, layout.widths, strict=True)),
         parameters=parameters,
-        epochs=config.fit.steps * config.fit.batch / config.text.tokens,
+        epochs=config.fit.steps * config.fit.batch / config.text.tokens / _share(paired),
         sparse=is_sparse(config, below),
         sparse_below=below,
         memory_coder=sizes.coder,
@@ -102,7 +112,25 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
         step_parts=step.parts,
         step_from=step.told,
         seconds=_harvested(config, wiring) / rate + _training_seconds(config, step),
+        coverage=paired,
     )
+
+
+def _coverage(config: TrainConfig, models: Models) -> dict[str, float]:
+    """From a sample of the text; nothing where all models cut it alike."""
+    others = other_tokenizers(models)
+    if not others:
+        return {}
+    text, part = config.text, min(1.0, _SAMPLE / config.text.tokens)
+    sample = replace(text, tokens=int(part * text.tokens), heldout=max(1, int(part * text.heldout)))
+    first = next(iter(models))
+    blocks = build_blocks(sample, models[first].tokenizer, config.seed, others).train
+    return coverage(blocks, first).shares
+
+
+def _share(paired: Mapping[str, float]) -> float:
+    """Of the first model's tokens, those that are rows."""
+    return next(iter(paired.values()), 1.0) or 1.0
 
 
 def check_sites(config: TrainConfig, layout: Layout) -> None:
@@ -113,6 +141,8 @@ def check_sites(config: TrainConfig, layout: Layout) -> None:
         UsageError: what is wrong with them.
     """
     config.objective.check_wiring(_shapes(config, layout).wiring)
+    if config.shuffle_models:
+        exchange_of(layout, config.seed)
 
 
 @dataclass(frozen=True)

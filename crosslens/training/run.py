@@ -138,3 +138,12 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def first_blocks(heldout: Blocks, train: Blocks, tokens: int) -> tuple[Blocks, int]:
+    """The fewest blocks with `tokens` positions, held-out ones first, as far as they go; and how
+    many of them are held out."""
+    wanted = -(-tokens // heldout.tokens_NT.shape[1])
+    n_heldout = min(wanted, len(heldout.tokens_NT))
+    more = train.some(slice(wanted - n_heldout))
+    return heldout.some(slice(n_heldout)).followed_by(more), n_heldout

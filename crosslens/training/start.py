@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from crosslens.coder import (
     Coder,
+    Wiring,
     center_at_median,
     center_biases,
+    load,
     set_firing_rate,
     share_start,
+    unfold,
     zero_decoders,
 )
+from crosslens.coder.artifact import coder_tensors, restore_tensors
+from crosslens.config import kind_of
 from crosslens.device import resolve_dtype
+from crosslens.errors import UsageError
 from crosslens.kernels.choice import break_even
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
@@ -38,6 +47,73 @@ def first_state(coder: Coder, config: TrainConfig, sparse_below: float | None = 
     coder.sparse_below = sparse_below
     idle_L = torch.zeros(coder.wiring.n_latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+
+
+def starting_coder(config: TrainConfig, wiring: Wiring) -> Coder:
+    """The coder that `config.start` names, in the units it was trained in.
+
+    Raises:
+        UsageError: it has another wiring, activation or centring than this training's.
+        CrosslensError: it is missing or damaged.
+    """
+    assert config.start is not None
+    coder = unfold(load(Path(config.start)))
+    if _shape(coder.wiring) != _shape(wiring):
+        raise UsageError(
+            f"start: {config.start} has {_told(coder.wiring)}, and this training "
+            f"{_told(wiring)}; or their latents read or write different ones of them. Give the "
+            "wiring, the sites and coder.latents that it was trained with, or leave `start` out."
+        )
+    kinds = [kind_of(type(a)) for a in (coder.activation, config.coder.activation)]
+    if kinds[0] != kinds[1]:
+        raise UsageError(
+            f"start: {config.start} has the activation {kinds[0]}, and coder.activation is "
+            f"{kinds[1]}. Train with --coder.activation {kinds[0]}, or leave `start` out."
+        )
+    if coder.center != config.coder.center:
+        raise UsageError(
+            f"start: {config.start} was trained with coder.center {coder.center}, and this "
+            f"training has {config.coder.center}. Give both the same, or leave `start` out."
+        )
+    return coder
+
+
+def _shape(wiring: Wiring) -> tuple[object, ...]:
+    """What a wiring is, whatever its sites are called."""
+    groups = [
+        replace(
+            group,
+            reads=tuple(str(wiring.read.index(site)) for site in group.reads),
+            writes=tuple(str(wiring.write.index(site)) for site in group.writes),
+        )
+        for group in wiring.groups
+    ]
+    widths = (wiring.harvest.widths, wiring.read.widths, wiring.write.widths)
+    return wiring.view, wiring.learnt_code, *widths, *groups
+
+
+def _told(wiring: Wiring) -> str:
+    widths = ", ".join(map(str, wiring.harvest.widths))
+    return f"{wiring.n_latents} latents over sites of widths {widths}"
+
+
+def begin(coder: Coder, config: TrainConfig, sample_RX: Tensor, device: torch.device) -> None:
+    """Fill a coder, from `config.start` if that is given and else anew, and move it to `device`.
+
+    Args:
+        sample_RX: harvested rows, raw.
+
+    Raises:
+        UsageError: the start does not fit this training.
+    """
+    if config.start is not None:
+        first = starting_coder(config, coder.wiring)
+        restore_tensors(coder, coder_tensors(first), config.start)
+        coder.to(device)
+        return
+    draw_weights(coder, config, sample_RX)
+    coder.to(device)
+    set_biases(coder, config, sample_RX.to(device))
 
 
 @torch.no_grad()

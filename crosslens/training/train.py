@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosslens.activations import Calibration, Counts, Ring, Source, calibrate, site_layout
+from crosslens.activations import (
+    Calibration,
+    Counts,
+    Ring,
+    Source,
+    calibrate,
+    check_aligned,
+    other_tokenizers,
+    site_layout,
+)
+from crosslens.activations.swapped import exchange_of
 from crosslens.coder import Coder, save
 from crosslens.config import from_plain
 from crosslens.device import resolve_device
@@ -19,12 +29,12 @@ from crosslens.evaluation import reconstruction
 from crosslens.lm import LanguageModel, tokenizer_hash
 from crosslens.lm import open_models as open_models_of
 from crosslens.storage import save_json
-from crosslens.text import Blocks, build_blocks
+from crosslens.text import Blocks, build_blocks, coverage
 from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, Metrics, fit
 from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
-from crosslens.training.start import draw_weights, first_state, set_biases
+from crosslens.training.start import begin, first_state, starting_coder
 from crosslens.training.upkeep import as_saved
 
 Models = Mapping[str, LanguageModel]
@@ -70,9 +80,14 @@ def run_source(run: Run, models: Models, blocks: Blocks) -> Source:
 
 
 def _source(config: TrainConfig, models: Models, blocks: Blocks) -> Source:
-    layout = site_layout(models, config.sites)
+    layout = site_layout(models, config.sites, config.align)
+    if config.align:
+        check_aligned(models, blocks)
     per_chunk = max(1, config.fit.harvest_tokens // config.text.block)
-    return Source(models, layout, blocks, config.policy, blocks_per_chunk=per_chunk)
+    source = Source(models, layout, blocks, config.policy, blocks_per_chunk=per_chunk)
+    if not config.shuffle_models:
+        return source
+    return replace(source, exchange=exchange_of(layout, config.seed))
 
 
 @dataclass
@@ -129,12 +144,17 @@ def _blocks(run: Run, config: TrainConfig, models: Models, report: Report) -> tu
     if "text" in run.record():
         return run.blocks("train"), run.blocks("heldout")
     report("text", 0, 0, {})
-    tokenizer = next(iter(models.values())).tokenizer
-    split = build_blocks(config.text, tokenizer, config.seed)
+    first, others = next(iter(models)), other_tokenizers(models) if config.align else {}
+    split = build_blocks(config.text, models[first].tokenizer, config.seed, others)
     split.train.save(run.folder / "data", "train")
     split.heldout.save(run.folder / "data", "heldout")
     counts = {name: asdict(count) for name, count in split.counts.items()}
-    extend_record(run, {"text": {"fingerprint": split.fingerprint, "corpora": counts}})
+    facts = {"fingerprint": split.fingerprint, "corpora": counts}
+    if others:
+        paired = coverage(split.train, first)
+        report(paired.told(), 0, 0, {})
+        facts["alignment"] = paired.plain()
+    extend_record(run, {"text": facts})
     return split.train, split.heldout
 
 
@@ -160,9 +180,13 @@ def _calibration(
         return known, None
     report("calibrate", 0, 0, {})
     wiring = config.wiring(source.layout, config.coder.latents)
+    first = None if config.start is None else starting_coder(config, wiring)
     calibration, sample_RX = calibrate(
         source, wiring, config.fit.calibration_tokens, config.coder.scale
     )
+    if first is not None:  # its weights mean what they do at its own scales
+        read, write = tuple(first.scale_read.tolist()), tuple(first.scale_write.tolist())
+        calibration = replace(calibration, read_scale=read, write_scale=write)
     facts = {
         "sites": dict(zip(source.layout.sites, source.layout.widths, strict=True)),
         "models": {name: model.identity() for name, model in models.items()},
@@ -188,10 +212,8 @@ def _new_state(
     coder.scale_read.copy_(torch.tensor(calibration.read_scale))
     coder.scale_write.copy_(torch.tensor(calibration.write_scale))
     if sample_RX is not None:
-        draw_weights(coder, config, sample_RX)
+        begin(coder, config, sample_RX, device)
     coder.to(device)
-    if sample_RX is not None:
-        set_biases(coder, config, sample_RX.to(device))
     # Kept for the whole run: another machine may find another share, and round otherwise.
     state = first_state(coder, config, run.record().get("sparse_below"))
     extend_record(run, {"sparse_below": coder.sparse_below})
