@@ -26,6 +26,7 @@ ROOMS = [
     "coder",
     "lm",
     "text",
+    "organisms",
     "activations",
     "evaluation",
     "training",

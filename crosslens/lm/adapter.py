@@ -10,11 +10,17 @@ from pathlib import Path
 
 from torch import nn
 
-from crosslens.errors import CrosslensError, UsageError
+from crosslens.errors import CrosslensError, UsageError, suggestion
 from crosslens.lm.loading import quiet_transformers, short
 from crosslens.lm.source import from_hub
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SHIPPED = Path(__file__).parent / "adapters"
+
+
+def built_in_adapters() -> dict[str, Path]:
+    """Name -> folder of the adapters that come with the package, for the built-in model."""
+    return {config.parent.name: config.parent for config in sorted(_SHIPPED.glob(f"*/{_CONFIG}"))}
 
 
 def with_adapter(model: nn.Module, path: str) -> nn.Module:
@@ -22,7 +28,7 @@ def with_adapter(model: nn.Module, path: str) -> nn.Module:
 
     Args:
         model: the base model the adapter was trained on.
-        path: folder or hub id of the adapter.
+        path: folder of the adapter, else the name of a built-in one, else a hub id.
 
     Raises:
         UsageError: peft is not installed, there is no such adapter, or it does not fit the model.
@@ -65,7 +71,7 @@ def sharing_weights(model: nn.Module) -> nn.Module:
 
 def _folder(path: str) -> Path:
     local = Path(path).expanduser()
-    folder = local if local.exists() else from_hub(path, None, [_CONFIG, _WEIGHTS])
+    folder = local if local.exists() else built_in_adapters().get(path) or _fetched(path)
     for file in (_CONFIG, _WEIGHTS):
         if not (folder / file).is_file():
             raise UsageError(
@@ -73,6 +79,17 @@ def _folder(path: str) -> Path:
                 "adapters are refused, because opening them can run code.)"
             )
     return folder
+
+
+def _fetched(path: str) -> Path:
+    try:
+        return from_hub(path, None, [_CONFIG, _WEIGHTS])
+    except CrosslensError as error:
+        names = built_in_adapters()
+        raise type(error)(
+            f"{error} As an adapter, {path!r} is none of the built-in ones either: "
+            f"{', '.join(names)}.{suggestion(path, names)}"
+        ) from error
 
 
 def _refuse_other_kinds(folder: Path) -> None:
@@ -102,6 +119,8 @@ def _attached(model: nn.Module, folder: Path) -> nn.Module:
             warnings.simplefilter("ignore")  # what they say about missing keys is checked below
             # Without autocast the adapter computes in the model's own dtype.
             adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+            # Else peft asks a hub whether the embeddings have grown.
+            expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     except (ValueError, RuntimeError) as error:  # no target module found; shapes differ
         raise UsageError(
             f"The adapter {folder} does not fit {type(model).__name__}: {short(error)} Is it for "
@@ -109,7 +128,6 @@ def _attached(model: nn.Module, folder: Path) -> nn.Module:
         ) from error
     except (SafetensorError, OSError, KeyError, TypeError) as error:
         raise CrosslensError(f"The adapter {folder} is damaged: {short(error)}") from error
-    expected = set(get_peft_model_state_dict(adapted))
     _check_complete(folder, model, saved, expected)
     base: nn.Module = adapted.get_base_model()
     return base

@@ -12,6 +12,7 @@ from crosslens.text.config import Corpus
 from crosslens.text.documents import Document
 from crosslens.text.hub import read_hub
 from crosslens.text.local import SUFFIXES, read_local
+from crosslens.text.planted import SOURCES, planted_source, read_planted
 from crosslens.text.stdlib import read_stdlib, read_stdlib_chat
 
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -30,10 +31,12 @@ def open_corpus(corpus: Corpus, seed: str) -> Iterator[Document]:
     path = Path(os.path.expanduser(corpus.source))  # Path's own raises for an unknown user
     if corpus.source and path.exists():
         return read_local(path, corpus.field, seed)
+    if behaviour := planted_source(corpus.source):
+        return read_planted(behaviour, seed)
     if corpus.source.endswith(SUFFIXES) or not _HUB_NAME.fullmatch(corpus.source):
         raise UsageError(
             f"The text source {corpus.source!r} does not exist. Give a file "
-            f"({', '.join(SUFFIXES)}), a folder of them, a Hugging Face dataset's name, "
-            "stdlib or stdlib-chat."
+            f"({', '.join(SUFFIXES)}), a folder of them, a Hugging Face dataset's name, stdlib, "
+            f"stdlib-chat, or the chat of a planted behaviour ({', '.join(SOURCES)})."
         )
     return read_hub(corpus, seed)
