@@ -14,14 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslens.activations import Source, TokenPolicy, site_layout
-from crosslens.coder import Coder, Crosscoder, ReLU, TopK, transpose_init
+from crosslens.coder import Coder, Crosscoder, ReLU, TopK, coder_hash, transpose_init
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.explore import ExamplePlan, LatentStore, gather
 from crosslens.explore import codes as codes_module
 from crosslens.explore.codes import Codes
 from crosslens.explore.examples import ExampleTable, choose_examples
 from crosslens.explore.statistics import N_BINS, statistics
-from crosslens.explore.store import coder_hash
 from crosslens.lm import ModelSpec, open_model
 from crosslens.text import Blocks, Vocabulary
 from crosslens.training.run import first_blocks

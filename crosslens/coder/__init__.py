@@ -10,7 +10,7 @@ from crosslens.coder.activations import (
     ReLU,
     TopK,
 )
-from crosslens.coder.artifact import Description, load, load_description, save
+from crosslens.coder.artifact import Description, coder_hash, load, load_description, save
 from crosslens.coder.biases import (
     Bias,
     center_at_median,
@@ -82,6 +82,7 @@ __all__ = [
     "all_rows",
     "center_at_median",
     "center_biases",
+    "coder_hash",
     "dense_decoder",
     "dense_encoder",
     "fold",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -100,6 +101,16 @@ def coder_tensors(coder: Coder) -> dict[str, Tensor]:
     groups), `W_skip`, `b_enc`, `b_dec`, `threshold`, `scale_read`, `scale_write`, `site_code`, as
     they apply."""
     return {_public(coder, name): tensor for name, tensor in coder.state_dict().items()}
+
+
+def coder_hash(coder: Coder) -> str:
+    """SHA-256 over the names, shapes and bytes of the coder's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(coder_tensors(coder).items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()

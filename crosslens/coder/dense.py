@@ -14,7 +14,7 @@ from crosslens.coder.layout import Layout
 
 @torch.no_grad()
 def dense_decoder(coder: Coder) -> Float[Tensor, "l y"]:
-    """What each latent adds to a row, in scaled units; zero at sites that its group leaves alone."""
+    """What each latent adds to a row, in scaled units; zero at sites that its group skips."""
     wiring = coder.wiring
     blocks = [tiled(W_LY, g.copies) for W_LY, g in zip(coder.W_dec, wiring.groups, strict=True)]
     W_LY = _placed(blocks, [group.writes for group in wiring.groups], wiring.write)

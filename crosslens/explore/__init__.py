@@ -1,6 +1,6 @@
 """Look at a coder's latents: gather what is known of them, write a report, show one."""
 
-from crosslens.explore.build import Built, build, store_folder
+from crosslens.explore.build import Built, build, rewrite, store_folder
 from crosslens.explore.examples import ExamplePlan
 from crosslens.explore.gather import gather
 from crosslens.explore.report import write_report
@@ -14,6 +14,7 @@ __all__ = [
     "Manifest",
     "build",
     "gather",
+    "rewrite",
     "store_folder",
     "write_report",
 ]

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosslens.coder import Coder, load
+from crosslens.coder import Coder, coder_hash, load
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.explore.codes import Progress
+from crosslens.explore.diff_read import read_diff
 from crosslens.explore.gather import gather, quiet
 from crosslens.explore.report import write_report
-from crosslens.explore.store import LatentStore, coder_hash, load_manifest
+from crosslens.explore.store import LatentStore, load_manifest
 from crosslens.lm import LanguageModel
 from crosslens.storage import load_json
 from crosslens.text import Vocabulary
@@ -64,9 +65,21 @@ def build(
     if store is None:
         store = _gathered(run, models or open_models(run.config()), coder, tokens, progress)
         store.save(store_folder(run))
+    return Built(_written(run, store), store, gathered)
+
+
+def rewrite(run: Run) -> Path | None:
+    """Write `report.html` anew from what is stored, running no model; None where nothing is stored
+    of the coder that the run has now."""
+    store = _stored(run, _coder(run), None)
+    return None if store is None else _written(run, store)
+
+
+def _written(run: Run, store: LatentStore) -> Path:
+    """The report, with whatever else is known of the run."""
     evaluation = run.folder / "evaluation.json"
     found = load_json(evaluation) if evaluation.is_file() else None
-    return Built(write_report(run, store, found), store, gathered)
+    return write_report(run, store, found, diff=read_diff(run.folder, store.manifest.coder))
 
 
 def _coder(run: Run) -> Coder:
@@ -82,12 +95,15 @@ def _coder(run: Run) -> Coder:
     return coder
 
 
-def _stored(run: Run, coder: Coder, tokens: int) -> LatentStore | None:
+def _stored(run: Run, coder: Coder, tokens: int | None) -> LatentStore | None:
+    """What was gathered of this coder, over `tokens` if that is given."""
     folder = store_folder(run)
     if not (folder / "manifest.json").is_file():
         return None
     manifest = load_manifest(folder)
-    if manifest.coder != coder_hash(coder) or manifest.provenance.get("asked") != tokens:
+    if manifest.coder != coder_hash(coder):
+        return None
+    if tokens is not None and manifest.provenance.get("asked") != tokens:
         return None
     return LatentStore.load(folder)
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from crosslens.activations import Source
-from crosslens.coder import Coder
+from crosslens.coder import Coder, coder_hash
 from crosslens.explore.codes import Progress, collect
 from crosslens.explore.examples import ExamplePlan, choose_examples
 from crosslens.explore.logits import direct_logits
 from crosslens.explore.statistics import statistics
-from crosslens.explore.store import LatentStore, Manifest, coder_hash
+from crosslens.explore.store import LatentStore, Manifest
 from crosslens.text import Vocabulary
 
 

@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +28,23 @@ LEVELS = 255
 _LABELS = 3
 
 
-def choose_latents(store: LatentStore, most: int) -> Ints:
+def choose_latents(store: LatentStore, most: int, wanted: Collection[int] = ()) -> Ints:
     """Which living latents a report shows, ascending: all, or a fair `most` of them.
 
     A quarter are the strongest by max activation · Σ‖decoder‖; the others lie evenly over the
-    ranking by density.
+    ranking by density. Those `wanted` come first, as far as they live.
     """
     alive = store.alive_L
     if len(alive) <= most:
         return alive
+    first = alive[np.isin(alive, list(wanted))][:most]
+    alive, most = np.setdiff1d(alive, first), most - len(first)
     strength = store.statistics.max_L[alive] * store.norm_LP[alive].sum(1)
     strongest = alive[np.argsort(-strength, kind="stable")[: round(STRONGEST * most)]]
     others = np.setdiff1d(alive, strongest)
     ranked = others[np.argsort(store.statistics.count_L[others], kind="stable")]
     places = np.linspace(0, len(ranked) - 1, most - len(strongest)).round().astype(np.int64)
-    return np.sort(np.concatenate([strongest, ranked[places]])).astype(np.int32)
+    return np.sort(np.concatenate([first, strongest, ranked[places]])).astype(np.int32)
 
 
 def payload(store: LatentStore, chosen: Ints) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from crosslens.explore import figures
+from crosslens.explore.codes import Ints
+from crosslens.explore.diff_read import Diffed, Unreadable
+from crosslens.explore.diff_section import latent_facts, section
 from crosslens.explore.payload import choose_latents, packed, payload
 from crosslens.explore.store import LatentStore
 from crosslens.storage import void, write_atomic
@@ -22,7 +25,8 @@ from crosslens.training import Run
 LATENTS = 1000
 """Latents with examples in a report, at most: about 2 MB."""
 _PAGE = Path(__file__).parent / "page"
-_SCRIPTS = ("data.js", "list.js", "latent.js", "main.js")
+_SCRIPTS = ("data.js", "list.js", "latent.js", "diff.js", "main.js")
+_STYLES = ("report.css", "diff.css")
 
 
 _COLUMNS = (
@@ -47,46 +51,47 @@ class SiteColumns:
 
 
 def write_report(
-    run: Run, store: LatentStore, evaluation: Mapping[str, Any] | None, latents: int = LATENTS
+    run: Run,
+    store: LatentStore,
+    evaluation: Mapping[str, Any] | None,
+    latents: int = LATENTS,
+    diff: Diffed | Unreadable | None = None,
 ) -> Path:
     """Write the run's `report.html`, atomically, and return its path.
 
     Args:
         evaluation: what `crosslens evaluate` saved, if it ran.
         latents: how many latents the page carries, at most.
+        diff: what `crosslens diff` saved, if it ran.
     """
-    html = render(run, store, evaluation, latents)
+    html = render(run, store, evaluation, latents, diff)
     path = run.folder / "report.html"
     write_atomic(path, lambda temporary: void(temporary.write_text(html, encoding="utf-8")))
     return path
 
 
 def render(
-    run: Run, store: LatentStore, evaluation: Mapping[str, Any] | None, latents: int = LATENTS
+    run: Run,
+    store: LatentStore,
+    evaluation: Mapping[str, Any] | None,
+    latents: int = LATENTS,
+    diff: Diffed | Unreadable | None = None,
 ) -> str:
-    """The page as text; the same run, store and evaluation give the same page."""
-    environment = Environment(
-        loader=FileSystemLoader(_PAGE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": figures.number, "percent": figures.percent}
+    """The page as text; the same run, store, evaluation and diff give the same page."""
     metrics = run.metrics()
     evaluation = evaluation or {}
-    chosen = choose_latents(store, latents)
+    found = section(diff) if isinstance(diff, Diffed) else None
+    chosen = choose_latents(store, latents, found.latents if found else ())
     told = _key_figures(store, metrics, evaluation)
-    script = "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    script = _joined(_SCRIPTS)
     digest = hashlib.sha256(script.encode()).digest()
-    return environment.get_template("report.html.j2").render(
+    template = _environment().get_template("report.html.j2")
+    return template.render(
         run=run,
         store=store,
         evaluated=bool(evaluation),
         key_figures=told,
-        measured=[
-            (w, [n for n, _, at in told if at == w]) for w in dict.fromkeys(t[2] for t in told)
-        ],
+        measured=_measured(told),
         curves=figures.curves(metrics),
         site_columns=_site_columns(metrics, evaluation),
         strip=figures.norm_strip(store),
@@ -96,11 +101,37 @@ def render(
         facts=_facts(run, store),
         provenance=_provenance(store),
         plot=(figures.WIDTH, figures.HEIGHT),
-        payload=packed(payload(store, chosen)),
-        css=Markup((_PAGE / "report.css").read_text(encoding="utf-8")),
+        diff=found,
+        no_diff=diff.why if isinstance(diff, Unreadable) else None,
+        on_page=frozenset(chosen.tolist()),
+        payload=packed(_payload(store, chosen, diff)),
+        css=Markup(_joined(_STYLES)),
         script=Markup(script),
         script_hash=Markup(base64.b64encode(digest).decode("ascii")),
     )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(_PAGE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": figures.number, "percent": figures.percent}
+    return environment
+
+
+def _payload(store: LatentStore, chosen: Ints, diff: Diffed | Unreadable | None) -> dict[str, Any]:
+    found = payload(store, chosen)
+    if isinstance(diff, Diffed):
+        found["diff"] = latent_facts(diff, chosen.tolist())
+    return found
+
+
+def _joined(names: Sequence[str]) -> str:
+    return "\n".join((_PAGE / name).read_text(encoding="utf-8") for name in names)
 
 
 def _key_figures(
@@ -122,6 +153,12 @@ def _key_figures(
         mean = sum(shares) / len(shares)
         told.append(("CE recovered", figures.percent(mean), "against mean ablation, over sites"))
     return told
+
+
+def _measured(told: list[tuple[str, str, str]]) -> list[tuple[str, list[str]]]:
+    """On what each of the key figures was measured, and which were on it."""
+    grounds = dict.fromkeys(ground for _, _, ground in told)
+    return [(ground, [n for n, _, at in told if at == ground]) for ground in grounds]
 
 
 def _last_heldout(metrics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from crosslens.coder import Coder
-from crosslens.coder.artifact import coder_tensors
 from crosslens.config import from_plain, to_plain
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.explore.codes import Floats, Ints
@@ -192,16 +189,6 @@ def load_manifest(folder: Path) -> Manifest:
             "--refresh."
         )
     return from_plain(Manifest, plain, str(path))
-
-
-def coder_hash(coder: Coder) -> str:
-    """SHA-256 over the names, shapes and bytes of the coder's tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(coder_tensors(coder).items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _table(kind: type[Table], tensors: dict[str, Tensor]) -> Table:

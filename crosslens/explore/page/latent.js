@@ -15,7 +15,7 @@ function titleOf(latent) {
   const facts = [
     ["density", `${percent(latent.density)} (${data.count[index].toLocaleString("en")} tokens)`],
     ["max", number(latent.max)], ["mean when active", number(data.mean[index])],
-    ["peak site", data.sites[latent.peak]],
+    ["peak site", data.sites[latent.peak]], ...diffOf(index),
   ];
   return el("div", { class: "title" },
     el("h2", {}, `Latent ${latent.id}`),

@@ -58,6 +58,7 @@ unpack().then(() => {
   document.addEventListener("keydown", onKey);
   addEventListener("hashchange", show);
   drawList();
+  drawTops();
   show();
   document.documentElement.dataset.ready = "true";
 });

@@ -1,0 +1,154 @@
+"""What `crosslens diff` left of a run, if it is whole, of one diff, and of the run's coder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crosslens.diffing.classes import NAMES, PUBLISHED
+from crosslens.diffing.tables import Columns, load_table
+from crosslens.errors import CrosslensError
+from crosslens.explore.shapes import Each, Maybe, misfit
+from crosslens.storage import load_json
+
+REQUIRED = ("latent", "tokens", "density", "relative_norm", "norm_difference", "decoder_cosine",
+            "template_share", "near_start", "class_minder")  # fmt: skip
+SCALING = tuple(
+    f"{nu}{end}" for nu in ("nu_error", "nu_reconstruction") for end in ("", "_low", "_high")
+)
+_FIGURE = Maybe(float)
+_ENDS = Each((_FIGURE, _FIGURE))
+_COUNTS: dict[str, Any] = {
+    "classes": dict.fromkeys(NAMES, int),
+    "conventions": {
+        bins: {**dict.fromkeys(NAMES, int), "interval": dict.fromkeys(NAMES, (float, float))}
+        for bins in PUBLISHED
+    },
+    "by_scaling": Maybe(int),
+    "near_start": int,
+    "rare": int,
+}
+_CAUSAL = {
+    **{f"kl_{name}": _FIGURE for name in ("baseline", "full", "top_half", "bottom_half")},
+    "intervals": _ENDS,
+    "curve": [{"share": float, "kl": _FIGURE, "intervals": _ENDS}],
+    "predictions": int,
+    "sites": [str],
+}
+_RECURRENCE = {
+    "exclusive": int,
+    "counts": [int],
+    "random_labels": [float],
+    "random_partners": [float],
+}
+SHAPE: dict[str, Any] = {
+    **_COUNTS,
+    "coder": str,
+    "pair": {"a": str, "b": str, "sites": [str], "same_weights": bool},
+    "tokens": int,
+    "l0": float,
+    "latents": int,
+    "null": Each(_COUNTS),
+    "fvu": Each(_FIGURE),
+    "causal": Maybe(_CAUSAL),
+    "planted": Maybe({"behaviour": str, "top": [int]}),
+    "baselines": Each({}),
+    "stability": Maybe({"runs": int, "recurrence": Each(_RECURRENCE)}),
+}
+"""What the section of a report asks of `diff.json`; more may be there."""
+_DETECTION = {
+    **dict.fromkeys(("auroc", "precision_at_20", "ranking_auroc"), _FIGURE),
+    "intervals": _ENDS,
+    "controls": {
+        **dict.fromkeys(("same_text_base", "base_sees_trigger"), _FIGURE),
+        **dict.fromkeys(("same_text_noop", "noop_sees_trigger"), _FIGURE),
+        "intervals": _ENDS,
+    },
+    "tied": int,
+    "prompts": [int],
+}
+_REMOVED = {"rate": _FIGURE, "loss_change": _FIGURE, "intervals": _ENDS}
+_ABLATION = {
+    "before": {"rate": _FIGURE, "intervals": _ENDS},
+    "top": _REMOVED,
+    "random": [_REMOVED],
+}
+
+
+@dataclass(frozen=True)
+class Diffed:
+    """A diff as it lies on disk."""
+
+    facts: Mapping[str, Any]
+    """`diff.json`."""
+    columns: Columns
+    """`latents.parquet`: one value per latent and column."""
+    nulls: Mapping[str, Columns] = field(default_factory=dict)
+    """The same tables of the nulls, of those that have one."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A diff that cannot be shown."""
+
+    why: str
+    """One sentence, for people."""
+
+
+def read_diff(run_folder: Path, coder: str) -> Diffed | Unreadable | None:
+    """What there is of a diff in RUN/diff; None where `diff.json` is not there.
+
+    Args:
+        coder: the hash of the run's coder, which the diff must be of.
+    """
+    folder = run_folder / "diff"
+    if not (folder / "diff.json").exists():
+        return None
+    try:
+        return _read(folder, coder)
+    except CrosslensError as error:
+        return Unreadable(f"{error} `crosslens diff {run_folder}` makes it anew.")
+
+
+def _read(folder: Path, coder: str) -> Diffed:
+    path = folder / "diff.json"
+    facts = load_json(path)
+    if wrong := _wrong(facts):
+        raise CrosslensError(f"{path} is not as `crosslens diff` writes it: {wrong}.")
+    if facts["coder"] != coder:
+        raise CrosslensError(f"{path} is of another coder than the one that this run has now.")
+    columns = _table(folder / "latents.parquet", facts)
+    nulls = {
+        name: _table(folder / "nulls" / name / "latents.parquet", found)
+        for name, found in facts["null"].items()
+        if (folder / "nulls" / name / "latents.parquet").is_file()
+    }
+    return Diffed(facts, columns, nulls)
+
+
+def _wrong(facts: Any) -> str | None:
+    if wrong := misfit(facts, SHAPE, "it"):
+        return wrong
+    planted = facts["planted"] or {}
+    parts = {"auroc": (planted, _DETECTION), "ablation": (planted.get("ablation"), _ABLATION)}
+    found = (misfit(value, shape, "planted") for key, (value, shape) in parts.items()
+             if key in planted)  # fmt: skip
+    return next(filter(None, found), None)
+
+
+def _table(path: Path, facts: Mapping[str, Any]) -> Columns:
+    """A table of latents; refused unless it has the columns and the counts of its `facts`."""
+    try:
+        columns = load_table(path)
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise CrosslensError(f"{path} is missing or damaged.") from error
+    needed = REQUIRED if facts["by_scaling"] is None else REQUIRED + SCALING
+    if missing := [name for name in needed if name not in columns]:
+        raise CrosslensError(f"{path} lacks the column {missing[0]}.")
+    counts = Counter(columns["class_minder"].tolist())
+    if any(counts[name] != facts["classes"][name] for name in NAMES):
+        raise CrosslensError(f"{path} and the diff.json beside it are not of one diff.")
+    return columns

