@@ -1,0 +1,1 @@
+"""Models of rising difficulty, each trained from a seed, on which proofs are tried."""
