@@ -1,0 +1,167 @@
+"""Seconds of the exact interactions of some layers' MLPs, beside the layers' own forward.
+
+python benchmarks/interactions.py RUN [--tokens 4096] [--repeats 7] [--dtype float32] [--json]
+
+The same tokens for both, in turns. `mlp` is the forward of those MLPs alone on inputs that are
+there already, in the model's format; `layer` that of whole layers (the model's own time over its
+layers, times as many). `interactions` is everything after the codes are known: contributions, the
+error's too, sums, shares. What the coder itself and the harvest take is told apart. Ratios are
+those of turns of one round: their median, least and most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine
+from crosslens.activations import Source
+from crosslens.allocator import keep_freed_memory
+from crosslens.coder import Coder, load
+from crosslens.interactions.contributions import SiteChunk, effective, mlp_sites, site_chunks
+from crosslens.interactions.exact import SiteSums
+from crosslens.interactions.neurons import Additive
+from crosslens.lm import LanguageModel, open_models
+from crosslens.training import open_run, run_source
+
+WAYS: tuple[Additive, ...] = ("series", "exact")
+Found = dict[str, Any]
+
+
+def contestants(
+    model: LanguageModel, source: Source, coder: Coder, shown: list[dict[str, SiteChunk]]
+) -> dict[str, Callable[[], object]]:
+    """Name → what it does once over all tokens."""
+    sites = tuple(shown[0])
+    effectives = {site: shown[0][site].effective for site in sites}
+    layers = [one.layer for one in effectives.values()]
+    tokens_BT = source.blocks.tokens_NT
+    names = [f"mlp_in.{layer}" for layer in layers]
+    given = [model.capture(part, names) for part in tokens_BT.split(source.blocks_per_chunk)]
+
+    def mlps() -> None:
+        for inputs in given:
+            for name, x_BTD in inputs.items():
+                model.anatomy.taps[name].module(x_BTD)
+
+    def whole() -> None:
+        last = f"resid_post.{model.n_layers - 1}"
+        for part in tokens_BT.split(source.blocks_per_chunk):
+            model.read(part, {last: lambda _x: None})
+
+    def measure(additive: Additive) -> Callable[[], object]:
+        n_documents, dense = len(source.blocks.documents), next(model.module.parameters()).dtype
+        sums = {s: SiteSums(effectives[s], n_documents, additive, dense) for s in sites}
+
+        def run() -> None:
+            for chunks in shown:
+                for site, chunk in chunks.items():
+                    sums[site].add(replace(chunk))  # without what is remembered of an earlier turn
+
+        return run
+
+    own = {"mlp": mlps, "model": whole}
+    ours = {f"interactions, {additive}": measure(additive) for additive in WAYS}
+    everything = {"harvest and coder": lambda: list(site_chunks(source, coder, model, effectives))}
+    return {**own, **ours, **everything}
+
+
+def rounds(todo: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each turn; a first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in todo}
+    for _ in range(repeats + 1):
+        for name, run in todo.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: each[1:] for name, each in seconds.items()}
+
+
+def summary(seconds: dict[str, list[float]], tokens: int, share_of_layers: float) -> Found:
+    """Tokens per second, and seconds in multiples of the MLPs' and of the layers' forward."""
+    layers = [each * share_of_layers for each in seconds["model"]]
+    found: Found = {}
+    for name, each in seconds.items():
+        found[name] = {
+            "tokens_per_second": round(tokens / statistics.median(each)),
+            "times_mlp": _ratio(each, seconds["mlp"]),
+            "times_layers": _ratio(each, layers),
+        }
+    return found
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(each), "least": min(each), "most": max(each)}
+
+
+def table(found: Found) -> str:
+    """The figures for people."""
+    lines = []
+    for name, one in found.items():
+        mlp, layer = one["times_mlp"], one["times_layers"]
+        lines.append(
+            f"  {name:21} {one['tokens_per_second']:8,} tokens/s   {mlp['median']:5.2f} × mlp "
+            f"({mlp['least']:.2f} – {mlp['most']:.2f})   {layer['median']:5.2f} × layer"
+        )
+    return "\n".join(lines)
+
+
+def first_blocks(source: Source, tokens: int) -> Source:
+    """The source with no more than about so many tokens."""
+    n = max(1, tokens // source.block_length)
+    blocks = source.blocks
+    fewer = replace(blocks, tokens_NT=blocks.tokens_NT[:n], docs_NT=blocks.docs_NT[:n])
+    return replace(source, blocks=fewer)
+
+
+def prepared(
+    folder: Path, tokens: int, dtype: str | None = None
+) -> tuple[LanguageModel, Source, Coder, list[Any]]:
+    """The run's model (in another format if asked), text and coder, and what each site is given."""
+    run = open_run(folder)
+    specs = run.config().models
+    models = open_models(
+        {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in specs.items()}
+    )
+    model = next(iter(models.values()))
+    coder = load(run.coder_path)
+    source = first_blocks(run_source(run, models, run.blocks("heldout")), tokens)
+    effectives = {site: effective(coder, model, site) for site in mlp_sites(coder, model)}
+    return model, source, coder, list(site_chunks(source, coder, model, effectives))
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="a run of a coder that writes before an MLP")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--dtype", help="the model's format, if not the run's")
+    asked = parser.parse_args(argv)
+    keep_freed_memory()  # as the command does
+    model, source, coder, shown = prepared(asked.run, asked.tokens, asked.dtype)
+    todo = contestants(model, source, coder, shown)
+    n_tokens = source.n_positions
+    found = summary(rounds(todo, asked.repeats), n_tokens, len(shown[0]) / model.n_layers)
+    told: Found = {"machine": machine(), "threads": torch.get_num_threads(), "tokens": n_tokens}
+    if asked.json:
+        print(json.dumps({**told, "sites": list(shown[0]), "ways": found}))
+        return
+    print(f"{told['machine']['cpu']}, {told['threads']} threads, {n_tokens} tokens")
+    print(f"{', '.join(shown[0])}\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How features interact through a model's nonlinearities."""
