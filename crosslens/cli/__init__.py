@@ -21,9 +21,12 @@ COMMANDS = {
     "recipes": ("crosslens.cli.recipes", "list the named configurations that train takes"),
     "resume": ("crosslens.cli.resume", "go on with a training that was stopped"),
     "evaluate": ("crosslens.cli.evaluate", "judge a run on held-out tokens"),
+    "diff": ("crosslens.cli.diff", "what differs between a run's two models, beside its nulls"),
+    "prove": ("crosslens.cli.prove", "bounds on a model that hold for certain, and their cost"),
     "report": ("crosslens.cli.report", "write a run's report.html, one self-contained file"),
     "show": ("crosslens.cli.show", "show a latent's top examples in the terminal"),
     "runs": ("crosslens.cli.runs", "list the runs in a folder with their main figures"),
+    "organism": ("crosslens.cli.organism", "plant a known behaviour in a model, to diff"),
     "doctor": ("crosslens.cli.doctor", "what this machine has, and what to change"),
 }
 """Name → the module, which has `run(argv: Sequence[str]) -> int`, and its line in the help."""

@@ -1,0 +1,185 @@
+"""`crosslens diff RUN`: what differs between two models, beside its nulls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from crosslens.cli.arguments import parse
+from crosslens.cli.console import number, print_json
+from crosslens.cli.stages import Stages
+from crosslens.diffing.analysis import diff
+from crosslens.diffing.contest import parse_baselines
+from crosslens.diffing.nulls import parse_nulls
+from crosslens.diffing.study import DiffPlan
+from crosslens.explore import rewrite
+from crosslens.training import open_run
+
+CLASSES = ("only_a", "only_b", "shared", "other", "dead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff:
+    """What `diff` takes."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run directory, of a coder over two models or more."""
+    a: str | None = None
+    """The model counted from; the run's first."""
+    b: str | None = None
+    """The one that was changed; the run's last."""
+    tokens: int = 60_000
+    """Held-out tokens, then training ones, that the measures rest on."""
+    causal_tokens: int = 8192
+    """Positions for causal checks and the clean loss; 0 leaves both out."""
+    planted: str | None = None
+    """The behaviour planted in the changed model, where its adapter does not say; `none`: none."""
+    prompts: int = 40
+    """Requests of each kind by which a planted behaviour is looked for."""
+    nulls: str = "self,noop,shuffled"
+    """Trainings that counts are told beside, each made once, in RUN/diff/nulls; `none`: none."""
+    noop: str | None = None
+    """Adapter of the first model trained on its own text; one is shipped for the built-in model."""
+    baselines: str = "mean_difference,pca,token_kl,diff_sae"
+    """Other ways to find what differs: these, stagewise, `all` or `none`."""
+    seeds: str = ""
+    """Runs of the same training with other seeds, separated by commas: which latents recur?"""
+    seed: int = 0
+    """Of resampling, of prompts, of random sets."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+    quiet: bool = False
+    """No progress."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measures, nulls, causal checks and baselines; kept in RUN/diff."""
+    asked = parse(
+        Diff,
+        argv,
+        None,
+        prog="crosslens diff",
+        description="Diff the two models of a run, with nulls, intervals and causal checks.",
+    )
+    plan = DiffPlan(
+        a=asked.a,
+        b=asked.b,
+        tokens=asked.tokens,
+        causal_tokens=asked.causal_tokens,
+        planted=asked.planted,
+        prompts=asked.prompts,
+        nulls=parse_nulls(asked.nulls),
+        noop=asked.noop,
+        baselines=parse_baselines(asked.baselines),
+        seeds=tuple(Path(name.strip()) for name in asked.seeds.split(",") if name.strip()),
+        seed=asked.seed,
+    )
+    compared = open_run(Path(asked.run))
+    with Stages(asked.quiet or asked.json) as stages:
+        found = diff(compared, plan, stages)
+    if found["pair"]["same_weights"]:
+        print(
+            f"{found['pair']['a']} and {found['pair']['b']} compute the same: all that follows is "
+            "a null.",
+            file=sys.stderr,
+        )
+    if asked.json:
+        print_json(found)
+    else:
+        print(table(found))
+        print(f"\n✓ {compared.folder / 'diff'}   latents.parquet, latents.csv, diff.json")
+    report = rewrite(compared)
+    if not asked.json:
+        print(
+            f"✓ {report}   with the diff"
+            if report
+            else f"  crosslens report {compared.folder}   shows it with examples of the latents"
+        )
+    return 0
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures for people."""
+    pair = found["pair"]
+    parts = [
+        f"{pair['a']} → {pair['b']} at {', '.join(pair['sites'])} · {number(found['tokens'])} "
+        f"tokens · L0 {found['l0']:.1f} · FVU "
+        + " · ".join(f"{name} {value:.3f}" for name, value in found["fvu"].items()),
+        _classes(found),
+        _causal(found),
+        _planted(found),
+        _baselines(found),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _classes(found: Mapping[str, Any]) -> str:
+    """A line for the pair and for each null: a count means little without them."""
+    rows = {"pair": found, **{f"null: {name}": each for name, each in found["null"].items()}}
+    lines = [f"{'':<16}" + "".join(f"{name:>9}" for name in (*CLASSES, "scaling", "at start"))]
+    for name, each in rows.items():
+        counts = [each["classes"][key] for key in CLASSES]
+        told = [*counts, each["by_scaling"], each["near_start"]]
+        lines.append(f"{name:<16}" + "".join(f"{'–' if n is None else n:>9}" for n in told))
+    if not found["null"]:
+        lines.append("no null was asked for: these counts have nothing to stand beside")
+    return "\n".join(lines)
+
+
+def _causal(found: Mapping[str, Any]) -> str:
+    causal = found["causal"]
+    if causal is None:
+        return ""
+    return (
+        f"KL to {found['pair']['b']}, nats: {found['pair']['a']}'s activations "
+        f"{causal['kl_baseline']:.4f} · + top half {causal['kl_top_half']:.4f} · + bottom half "
+        f"{causal['kl_bottom_half']:.4f} · + all {causal['kl_full']:.4f}"
+    )
+
+
+def _planted(found: Mapping[str, Any]) -> str:
+    planted = found["planted"]
+    if planted is None:
+        return ""
+    lines = [f"planted: {planted['behaviour']}"]
+    if "auroc" in planted:
+        low, high = planted["intervals"]["auroc"]
+        controls = planted["controls"]
+        lines.append(
+            f"  top {len(planted['top'])} as a detector: AUROC {planted['auroc']:.3f} "
+            f"({low:.3f}–{high:.3f}); against the same text in the base "
+            f"{controls['same_text_base']:.3f}; the base alone sees the trigger at "
+            f"{controls['base_sees_trigger']:.3f}"
+        )
+        lines.append(
+            f"  tied to it: {planted['tied']} latents, {100 * planted['precision_at_20']:.0f} % of "
+            "the top 20"
+        )
+    if "ablation" in planted:
+        random = [each["rate"] for each in planted["ablation"]["random"]]
+        lines.append(
+            f"  rate {planted['behaviour_rate_before']:.2f} → {planted['after_ablation']:.2f} "
+            f"without them (random sets {min(random):.2f}–{max(random):.2f}); clean loss "
+            f"{100 * planted['clean_loss_change']:+.2f} %"
+        )
+    return "\n".join(lines)
+
+
+def _baselines(found: Mapping[str, Any]) -> str:
+    lines = []
+    for name, each in found["baselines"].items():
+        if "left_out" in each:
+            lines.append(f"  {name:<16} left out: {each['left_out']}")
+        elif "auroc" in each:
+            lines.append(
+                f"  {name:<16} AUROC {each['auroc']:.3f}, against the same text "
+                f"{each['auroc_vs_same_text']:.3f}"
+            )
+        else:
+            lines.append(f"  {name:<16} in diff.json")
+    return "\n".join(["baselines", *lines]) if lines else ""
