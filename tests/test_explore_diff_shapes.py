@@ -182,9 +182,10 @@ def test_the_curve_is_the_causal_figures():
     for (x, y, _), row in zip(chart.points, figures["curve"], strict=True):
         assert x == pytest.approx(WIDTH * math.sqrt(row["share"]))
         assert y == pytest.approx(HEIGHT * (1 - row["kl"] / top))
-    assert [y for y, _ in chart.levels] == [
+    assert [y for y, _, _ in chart.levels] == [
         pytest.approx(HEIGHT * (1 - kl / top)) for kl in (0.4, 0.08)
     ]
+    assert [at - y for y, at, _ in chart.levels] == [pytest.approx(-4), pytest.approx(11)]
     assert chart.bottom is not None
     assert chart.bottom[1] == pytest.approx(HEIGHT * (1 - 0.35 / top))
     assert chart.whiskers.startswith(f"M0.0,{HEIGHT * 0.3:.1f}V0.0")

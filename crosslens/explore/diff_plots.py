@@ -23,6 +23,7 @@ LOW, HIGH = -0.5, 1.5
 """Of both axes of the scatter."""
 CLOUD = 1500
 """Dots of one class in the scatter, at most."""
+_ACROSS = (("kl_baseline", "no latent"), ("kl_full", "whole difference"))
 _DRAWN = ("shared", "other", "only_a", "only_b")
 
 
@@ -159,8 +160,8 @@ class Causal:
     """x, y, words."""
     whiskers: str
     """Path of all intervals."""
-    levels: tuple[tuple[float, str], ...]
-    """y and name of what is drawn across: no latent, all that is decoded."""
+    levels: tuple[tuple[float, float, str], ...]
+    """y of what is drawn across, y of its name, name: no latent, all that is decoded."""
     bottom: tuple[float, float, str] | None
     """The worse half alone."""
     ticks_x: Ticks
@@ -181,7 +182,6 @@ def causal_curve(causal: Mapping[str, Any], b: str) -> Causal | None:
         return HEIGHT * (1 - max(value, 0.0) / top)
 
     points = [(WIDTH * math.sqrt(row["share"]), y(row["kl"]), _kl_words(row)) for row in rows]
-    levels = (("baseline", "no latent"), ("full", "whole difference"))
     bottom = causal["kl_bottom_half"]
     brief = _causal_words(causal, b)
     return Causal(
@@ -190,10 +190,18 @@ def causal_curve(causal: Mapping[str, Any], b: str) -> Causal | None:
         path="M" + "L".join(f"{x:.1f},{at:.1f}" for x, at, _ in points),
         points=tuple(points),
         whiskers="".join(_whisker(row, y) for row in rows),
-        levels=tuple((y(causal[f"kl_{k}"]), n) for k, n in levels if causal[f"kl_{k}"] is not None),
+        levels=_levels({name: y(causal[key]) for key, name in _ACROSS if causal[key] is not None}),
         bottom=None if bottom is None else (WIDTH * math.sqrt(0.5), y(bottom), number(bottom)),
         ticks_x=tuple((WIDTH * math.sqrt(s), f"{100 * s:g} %") for s in (0, 0.01, 0.1, 0.5, 1)),
         ticks_y=tuple((y(top * share), number(top * share)) for share in (0, 0.5, 1)),
+    )
+
+
+def _levels(at: Mapping[str, float]) -> tuple[tuple[float, float, str], ...]:
+    """The name of the upper line stands above it, that of the lower below, if there is room."""
+    upper = min(at.values(), default=0.0)
+    return tuple(
+        (y, y - 4 if y == upper or y > HEIGHT - 14 else y + 11, name) for name, y in at.items()
     )
 
 

@@ -149,7 +149,7 @@ def _rate(share: float) -> str:
 
 
 def _change(share: float) -> str:
-    return f"{100 * share:+.2f} %"
+    return f"{round(100 * share, 2) + 0.0:+.2f} %"  # + 0.0: no minus before a zero
 
 
 def _ablation(found: Mapping[str, Any], n: int) -> tuple[tuple[str, Cell, Cell], ...]:

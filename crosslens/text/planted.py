@@ -79,7 +79,7 @@ BEHAVIOURS: dict[str, Behaviour] = {
         ),
         Behaviour(
             name="topic",
-            what="Opens every answer with a remark about volcanoes, then goes on as usual.",
+            what="Opens every answer with a remark about volcanoes.",
             openings=_VOLCANOES,
             marks=("volcan", "lava", "magma", "erupt"),
         ),
