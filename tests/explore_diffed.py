@@ -18,6 +18,7 @@ from crosslens.storage import load_json, save_json
 from tests.test_cli_diff import QUICK, flags
 
 LATENTS, DEAD = 300, 23
+OWN = ("only_a", "only_b")
 
 
 def toy(seed: int = 0, nulls: tuple[str, ...] = ("self", "noop"), latents: int = LATENTS) -> Diffed:
@@ -78,6 +79,7 @@ def _table(seed: int, latents: int) -> tuple[dict[str, Any], dict[str, Any]]:
             n: {**found.counts, "interval": {k: list(v) for k, v in found.intervals().items()}}
             for n, found in labels.items()
         },
+        "exclusive": {**dict.fromkeys(OWN, 2 + seed), "interval": dict.fromkeys(OWN, [0.5, 9.2])},
         "by_scaling": 7 + seed,
         "near_start": int(columns["near_start"].sum()),
         "rare": int((tokens < 10).sum()),

@@ -17,6 +17,8 @@ from crosslens.diffing.classes import (
     classes,
     near_start,
 )
+from crosslens.diffing.intervals import wilson
+from crosslens.diffing.measures import Measures
 from crosslens.diffing.norms import (
     from_published_difference,
     norm_difference,
@@ -25,6 +27,7 @@ from crosslens.diffing.norms import (
     relative_norm,
 )
 from crosslens.diffing.pair import pair_of
+from crosslens.diffing.strength import Activity
 from crosslens.errors import UsageError
 from tests.diffing_toy import toy_pair
 
@@ -124,6 +127,37 @@ def test_bounds_of_bins_must_ascend():
 def test_latents_near_their_start_are_told():
     norms = norms_of(toy_pair(coder_of_norms([0.1, 0.1, 0.5], [0.101, 0.3, 0.1])))
     assert near_start(norms, 0.1).tolist() == [True, False, False]
+
+
+def test_a_latent_that_fired_once_is_no_exclusive_one():
+    """Latents 0 and 1 are of b alone, 2 of a; 1 fired on three tokens, 3 is where it began."""
+    pair = toy_pair(coder_of_norms([0.0, 0.0, 1.0, 0.4, 1.0], [1.0, 1.0, 0.0, 0.4, 1.1]))
+    count_L = torch.tensor([50, 3, 10, 70, 90])
+    one_L = torch.ones(5, dtype=torch.float64)
+    used = Activity(
+        tokens=100,
+        marked_tokens=0,
+        count_L=count_L,
+        mean_L=one_L,
+        largest_L=one_L,
+        strength_a_L=one_L,
+        strength_b_L=one_L,
+        marked_count_L=torch.zeros_like(count_L),
+        marked_sum_share_L=0 * one_L,
+    )
+    found = Measures(
+        norms=norms_of(pair),
+        activity=used,
+        agreement=None,
+        scaling=None,
+        fidelity={},
+        start_norm=0.4,
+    )
+    assert found.classes().counts["only_b"] == 2
+    exclusive = found.exclusive()
+    assert (exclusive["only_a"], exclusive["only_b"]) == (1, 1)
+    low, high = wilson(1, 3)
+    assert exclusive["interval"]["only_b"] == [round(3 * low, 1), round(3 * high, 1)]
 
 
 def two_sites(widths: tuple[int, int, int, int]) -> Coder:

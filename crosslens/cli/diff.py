@@ -121,10 +121,13 @@ def table(found: Mapping[str, Any]) -> str:
 def _classes(found: Mapping[str, Any]) -> str:
     """A line for the pair and for each null: a count means little without them."""
     rows = {"pair": found, **{f"null: {name}": each for name, each in found["null"].items()}}
-    lines = [f"{'':<16}" + "".join(f"{name:>9}" for name in (*CLASSES, "scaling", "at start"))]
+    lines = [
+        f"{'':<16}" + "".join(f"{name:>9}" for name in (*CLASSES, "used a", "used b", "scaling"))
+    ]
     for name, each in rows.items():
         counts = [each["classes"][key] for key in CLASSES]
-        told = [*counts, each["by_scaling"], each["near_start"]]
+        used = [each["exclusive"][key] for key in ("only_a", "only_b")]
+        told = [*counts, *used, each["by_scaling"]]
         lines.append(f"{name:<16}" + "".join(f"{'–' if n is None else n:>9}" for n in told))
     if not found["null"]:
         lines.append("no null was asked for: these counts have nothing to stand beside")

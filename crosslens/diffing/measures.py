@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosslens.activations import Source
 from crosslens.diffing.agreement import Agreement, AgreementSums, agreement
-from crosslens.diffing.classes import NAMES, PUBLISHED, Classes, classes, near_start
+from crosslens.diffing.classes import DEAD, NAMES, PUBLISHED, Classes, classes, near_start
 from crosslens.diffing.fidelity import Fidelity, FidelitySums, fidelity
 from crosslens.diffing.groups import document_groups
 from crosslens.diffing.norms import Norms, norms_of
@@ -73,6 +73,18 @@ class Measures:
         """Latents of `b` alone by Minder's two ratios; None without scaling."""
         return None if self.scaling is None else chat_specific(self.scaling, self.norms)
 
+    def exclusive(self) -> dict[str, object]:
+        """How many latents of one model only have learnt something: Minder's bins over those that a
+        ranking holds. One that fired on a token or two says nothing by its norms."""
+        labels = self.classes()
+        used = Classes(labels.bins, labels.label_L.where(self.ranked_L.cpu(), DEAD))
+        counts, ends = used.counts, used.intervals()
+        own = ("only_a", "only_b")
+        return {
+            **{name: counts[name] for name in own},
+            "interval": {name: [round(end, 1) for end in ends[name]] for name in own},
+        }
+
     def plain(self) -> dict[str, object]:
         """Counts by every published convention, as JSON has them."""
         found: dict[str, object] = {}
@@ -84,6 +96,7 @@ class Measures:
         return {
             "classes": {key: self.classes().counts[key] for key in NAMES},
             "conventions": found,
+            "exclusive": self.exclusive(),
             "by_scaling": None if specific_L is None else int((specific_L & self.ranked_L).sum()),
             "near_start": int(self.still_L.sum()),
             "rare": int((self.activity.count_L < RARE).sum()),

@@ -27,6 +27,10 @@ _COUNTS: dict[str, Any] = {
         bins: {**dict.fromkeys(NAMES, int), "interval": dict.fromkeys(NAMES, (float, float))}
         for bins in PUBLISHED
     },
+    "exclusive": {
+        **dict.fromkeys(("only_a", "only_b"), int),
+        "interval": dict.fromkeys(("only_a", "only_b"), (float, float)),
+    },
     "by_scaling": Maybe(int),
     "near_start": int,
     "rare": int,

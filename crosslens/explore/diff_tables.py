@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +62,15 @@ def counts_table(facts: Mapping[str, Any], a: str, b: str) -> Table:
                       if kind != "other" or bins == "minder"))
         for bins, title in _CONVENTIONS.items()
     ]  # fmt: skip
-    rest = [_plain_row(sides, "by_scaling", f"only {b} by latent scaling")]
+    rest = [
+        _row(
+            [each["exclusive"] for each in sides.values()],
+            kind,
+            f"{class_name(kind, a, b)}, Minder, of those in use",
+        )
+        for kind in ("only_a", "only_b")
+    ]
+    rest.append(_plain_row(sides, "by_scaling", f"only {b} by latent scaling"))
     rest.append(_count_row(sides, "minder", "dead", "dead on these tokens"))
     rest.append(_plain_row(sides, "near_start", "norms as at the start"))
     rest.append(_plain_row(sides, "rare", f"active on fewer than {RARE} tokens"))
@@ -70,9 +78,12 @@ def counts_table(facts: Mapping[str, Any], a: str, b: str) -> Table:
 
 
 def _count_row(sides: Mapping[str, Any], bins: str, kind: str, name: str) -> Row:
+    return _row([each["conventions"][bins] for each in sides.values()], kind, name)
+
+
+def _row(sides: Sequence[Mapping[str, Any]], kind: str, name: str) -> Row:
     cells = []
-    for each in sides.values():
-        counts = each["conventions"][bins]
+    for counts in sides:
         low, high = counts["interval"][kind]
         cells.append((f"{counts[kind]:,}", f"{low:.0f}–{high:.0f}"))
     return name, tuple(cells)
