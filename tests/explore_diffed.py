@@ -79,7 +79,7 @@ def _table(seed: int, latents: int) -> tuple[dict[str, Any], dict[str, Any]]:
             n: {**found.counts, "interval": {k: list(v) for k, v in found.intervals().items()}}
             for n, found in labels.items()
         },
-        "exclusive": {**dict.fromkeys(OWN, 2 + seed), "interval": dict.fromkeys(OWN, [0.5, 9.2])},
+        "exclusive": {**dict.fromkeys(OWN, 2 + seed), "interval": {key: [0.5, 9.2] for key in OWN}},
         "by_scaling": 7 + seed,
         "near_start": int(columns["near_start"].sum()),
         "rare": int((tokens < 10).sum()),
