@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from crosslens.diffing.ablation import (
     loss_changes,
     matched_sets,
 )
+from crosslens.diffing.carried import carried
 from crosslens.diffing.causal import (
     CausalPlan,
     by_score,
@@ -32,8 +34,9 @@ from crosslens.diffing.patching import cut, entrance, over_tokens, raw_decoders,
 from crosslens.diffing.resampling import draws, interval, mean_over
 from crosslens.errors import UsageError
 from crosslens.lm import ModelSpec, next_token_loss, open_models
+from crosslens.organisms.answers import prompt_ids
 from crosslens.text.blocks import Other
-from crosslens.text.planted import Behaviour
+from crosslens.text.planted import Behaviour, shows
 from tests.test_activations import blocks_of
 
 SITES = ("resid_mid.1", "resid_post.2")
@@ -505,3 +508,30 @@ def test_an_ablation_is_told_beside_random_ones(models, source):
     assert found.ablated.behaviour_rate.value < 1
     assert found.controls[1].behaviour_rate.value == 1.0
     assert found.controls[1].loss_change.value == 0
+
+
+def test_exchanged_activations_are_one_models_layers_on_the_others(models, source):
+    """`b` with the stream of `a` after layer 1 is the lower layers of `a` below the upper of `b`."""
+    last = models["base"].n_layers - 1
+    ids = [prompt_ids(models["chat"].tokenizer, each) for each in ASKED]
+
+    def joined(lower, upper):
+        both = replace(upper, module=copy.deepcopy(upper.module))
+        inside, below = both.module.model, lower.module.model
+        inside.embed_tokens = below.embed_tokens
+        for n in range(2):
+            inside.layers[n] = below.layers[n]
+        return [greedy(both, each, lambda _: {}) for each in ids]
+
+    assert last >= 2
+    pair = pair_of(random_coder(source_of(models, ("resid_mid.0", "resid_post.1")).layout))
+    for name, lower, upper in (("b_with_a", "base", "chat"), ("a_with_b", "chat", "base")):
+        said = joined(models[lower], models[upper])
+        own = [greedy(models[upper], each, lambda _: {}) for each in ids]
+        assert said != own
+        for marks in (tuple(each for each in said if each), tuple(each for each in own if each)):
+            behaviour = Behaviour(name="x", what="x.", marks=marks)
+            found = carried(source, pair, behaviour, ASKED, 4)
+            assert found.sites == ("resid_post.1",)
+            share = sum(shows(behaviour, each) for each in said) / len(said)
+            assert getattr(found, name).value == pytest.approx(share)

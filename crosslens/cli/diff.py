@@ -170,6 +170,12 @@ def _planted(found: Mapping[str, Any]) -> str:
             f"without them (random sets {min(random):.2f}–{max(random):.2f}); clean loss "
             f"{100 * planted['clean_loss_change']:+.2f} %"
         )
+    if "carried" in planted:
+        through, a, b = planted["carried"], found["pair"]["a"], found["pair"]["b"]
+        lines.append(
+            f"  rate with whole activations exchanged at {', '.join(through['sites'])}: {b} with "
+            f"{a}'s {through['b_with_a']:.2f}, {a} with {b}'s {through['a_with_b']:.2f}"
+        )
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosslens.diffing.ablation import Ablated, Ablation, Trial, ablation, matched_sets
+from crosslens.diffing.carried import Carried, carried
 from crosslens.diffing.measures import Measures
 from crosslens.diffing.nulls import NOOP, with_noop
 from crosslens.diffing.planted import TOP, Conditions, Planted, conditions, planted
@@ -21,6 +22,7 @@ from crosslens.errors import UsageError
 from crosslens.lm import LanguageModel
 from crosslens.lm.opening import open_models
 from crosslens.storage import load_json
+from crosslens.text.documents import Messages
 from crosslens.text.planted import BEHAVIOURS, Behaviour, behaviour_named, prompts
 
 CONTROLS = 5
@@ -39,6 +41,8 @@ class Traced:
     """The exclusive latents that are taken out, best first."""
     ablation: Ablation | None
     """None where no clean text was to be read."""
+    carried: Carried | None
+    """None where that is so, or where the models' widths differ."""
 
     def plain(self) -> dict[str, Any]:
         """JSON-able."""
@@ -47,6 +51,11 @@ class Traced:
             facts |= _detection(self.found)
         if self.ablation is not None:
             facts |= _ablation(self.ablation)
+        if self.carried is not None:
+            facts["carried"] = {
+                "sites": list(self.carried.sites),
+                **told({"b_with_a": self.carried.b_with_a, "a_with_b": self.carried.a_with_b}),
+            }
         return facts
 
 
@@ -86,8 +95,16 @@ def traced(study: Study, found: Measures, behaviour: Behaviour) -> Traced:
         seen = conditions(study.source, study.pair, sets, _noop(study))
         judged = planted(study.pair, seen, score_L, study.plan.seed)
     top = judged.top if judged is not None else _best(score_L)
-    done = _without(study, found, behaviour, top) if study.plan.causal_tokens else None
-    return Traced(behaviour=behaviour, seen=seen, found=judged, top=top, ablation=done)
+    done, passing = None, None
+    if study.plan.causal_tokens:
+        asked = tuple(prompts(behaviour, study.plan.prompts, study.plan.seed, "heldout", True))
+        if study.pair.same_width:
+            study.report("exchanging activations", 0, 0, {})
+            passing = carried(study.source, study.pair, behaviour, asked)
+        done = _without(study, found, behaviour, top, asked)
+    return Traced(
+        behaviour=behaviour, seen=seen, found=judged, top=top, ablation=done, carried=passing
+    )
 
 
 def _best(score_L: Tensor) -> tuple[int, ...]:
@@ -104,14 +121,19 @@ def _noop(study: Study) -> LanguageModel | None:
     return None
 
 
-def _without(study: Study, found: Measures, behaviour: Behaviour, top: tuple[int, ...]) -> Ablation:
+def _without(
+    study: Study,
+    found: Measures,
+    behaviour: Behaviour,
+    top: tuple[int, ...],
+    asked: tuple[Messages, ...],
+) -> Ablation:
     plan = study.plan
-    asked = prompts(behaviour, plan.prompts, plan.seed, "heldout", True)
     trial = Trial(
         source=replace(study.source, blocks=clean_blocks(study)),
         pair=study.pair,
         behaviour=behaviour,
-        prompts=tuple(asked),
+        prompts=asked,
         tokens=plan.causal_tokens,
     )
     activity_L = found.activity.strength_b_L * found.activity.density_L
