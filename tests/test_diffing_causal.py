@@ -511,7 +511,7 @@ def test_an_ablation_is_told_beside_random_ones(models, source):
 
 
 def test_exchanged_activations_are_one_models_layers_on_the_others(models, source):
-    """`b` with the stream of `a` after layer 1 is the lower layers of `a` below the upper of `b`."""
+    """`b` with the stream of `a` after layer 1: the lower layers of `a` below the upper of `b`."""
     last = models["base"].n_layers - 1
     ids = [prompt_ids(models["chat"].tokenizer, each) for each in ASKED]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from jaxtyping import Integer
 from torch import Tensor
@@ -68,10 +69,10 @@ def _given(giver: LanguageModel, sites: Sequence[str]) -> Callable[[Integer[Tens
 
     def edits(tokens_BT: Integer[Tensor, "b t"]) -> Edits:
         seen = giver.capture(tokens_BT, sites)
-
-        def put(x_BTD: Tensor, site: str) -> Tensor:
-            return seen[site].to(x_BTD)
-
-        return {site: lambda x_BTD, site=site: put(x_BTD, site) for site in sites}
+        return {site: partial(_put, seen[site]) for site in sites}
 
     return edits
+
+
+def _put(new_BTD: Tensor, x_BTD: Tensor) -> Tensor:
+    return new_BTD.to(x_BTD)
