@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/crosslens demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
