@@ -106,7 +106,7 @@ def site_chunks(
         CrosslensError: activations or codes are not finite, strengths are negative, or no latent is
             active on any token.
     """
-    _check(source, coder, model)
+    check_source(source, coder, model)
     source, n_own = _widened(source, effectives), len(source.layout.sites)
     coder.eval()
     documents_N = source.blocks.docs_NT.flatten().long()
@@ -116,7 +116,7 @@ def site_chunks(
             continue
         rows = all_rows(coder.wiring, torch.cat(chunk.sites[:n_own], -1).to(coder.b_dec.device))
         z_RL = coder.encode(rows.x_BX).float()
-        _check_code(z_RL)
+        check_code(z_RL)
         active_RL = z_RL > 0
         tokens, entries = tokens + len(z_RL), entries + int(active_RL.sum())
         at_site = partial(
@@ -131,7 +131,7 @@ def site_chunks(
             site: _site_chunk(at_site, one, inputs[one.input_site])
             for site, one in effectives.items()
         }
-    _check_active(tokens, entries)
+    check_active(tokens, entries)
 
 
 def _site_chunk(at_site: partial[SiteChunk], effective: Effective, input_RD: Tensor) -> SiteChunk:
@@ -146,7 +146,9 @@ def _site_chunk(at_site: partial[SiteChunk], effective: Effective, input_RD: Ten
     )
 
 
-def _check(source: Source, coder: Coder, model: LanguageModel) -> None:
+def check_source(source: Source, coder: Coder, model: LanguageModel) -> None:
+    """Refuse a source of other sites or another model, and a coder with weights that are not
+    finite."""
     if coder.wiring.harvest != source.layout:
         raise UsageError(
             f"The coder's sites ({', '.join(coder.wiring.harvest.sites)}) are not the source's "
@@ -178,7 +180,8 @@ def _widened(source: Source, effectives: Mapping[str, Effective]) -> Source:
     return replace(source, layout=wide, median_P=median_P)
 
 
-def _check_code(z_RL: Tensor) -> None:
+def check_code(z_RL: Tensor) -> None:
+    """Refuse strengths that are not finite, or negative."""
     if not bool(z_RL.isfinite().all()):
         raise CrosslensError(
             "The coder gives strengths that are NaN or infinite: its training must have diverged, "
@@ -191,7 +194,8 @@ def _check_code(z_RL: Tensor) -> None:
         )
 
 
-def _check_active(tokens: int, entries: int) -> None:
+def check_active(tokens: int, entries: int) -> None:
+    """Refuse a walk that has seen no token, or no latent active."""
     if not tokens:
         raise CrosslensError("The token policy keeps no token: there is nothing to look at.")
     if not entries:

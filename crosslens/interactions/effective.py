@@ -148,10 +148,10 @@ def effective(coder: Coder, model: LanguageModel, site: str) -> Effective:
     assert layer is not None
     mlp, device = mlp_of(model, layer), coder.b_dec.device
     norm = None if plain.startswith("mlp_in") else mlp.norm
-    decoder_LD, bias_D = _raw_decoder(coder, site)
+    decoder_LD, bias_D = raw_decoder(coder, site)
 
     def branch(W_ND: Tensor, b_N: Tensor | None) -> Branch:
-        return _branch(decoder_LD, bias_D, norm, W_ND.to(device), b_N)
+        return branch_of(decoder_LD, bias_D, norm, W_ND.to(device), b_N)
 
     return Effective(
         site=site,
@@ -175,7 +175,12 @@ def _input_of(model: LanguageModel, site: str, layer: int) -> str:
     return middle if middle in model.anatomy.taps else f"resid_pre.{layer}"
 
 
-def _raw_decoder(coder: Coder, site: str) -> tuple[Tensor, Tensor]:
+def raw_decoder(coder: Coder, site: str) -> tuple[Tensor, Tensor]:
+    """The decoder [L, D] and its bias [D] at a site that the coder writes, in raw units.
+
+    Raises:
+        CrosslensError: they are not finite.
+    """
     write = coder.wiring.write
     at = write.slice(site)
     decoder_LD = dense_decoder(coder)[:, at].float() / coder.scale_write[write.index(site)]
@@ -188,9 +193,10 @@ def _raw_decoder(coder: Coder, site: str) -> tuple[Tensor, Tensor]:
     return decoder_LD, bias_D
 
 
-def _branch(
+def branch_of(
     decoder_LD: Tensor, bias_D: Tensor, norm: Norm | None, W_ND: Tensor, b_N: Tensor | None
 ) -> Branch:
+    """Latents of these decoders through a norm and the linear map x ↦ W x + b."""
     W_DN = W_ND.T
     fixed_N = W_DN.new_zeros(W_DN.shape[1]) if b_N is None else b_N.to(W_DN.device)
     if norm is not None:

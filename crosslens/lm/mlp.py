@@ -250,7 +250,7 @@ def _norm_before(model: LanguageModel, layer: int, mlp: nn.Module) -> Norm | Non
     if not makers:
         return None
     norm = copy.deepcopy(makers[0].module).float()
-    found = _norm(norm, into.input.shape[-1]) if upstream(into, calls) is makers[0] else None
+    found = norm_of(norm, into.input.shape[-1]) if upstream(into, calls) is makers[0] else None
     if found is None:
         name = type(makers[0].module).__name__
         raise UsageError(
@@ -261,7 +261,7 @@ def _norm_before(model: LanguageModel, layer: int, mlp: nn.Module) -> Norm | Non
     return found
 
 
-def _norm(module: nn.Module, width: int) -> Norm | None:
+def norm_of(module: nn.Module, width: int) -> Norm | None:
     """An RMSNorm or LayerNorm, from what it makes of rows, with any number of parameters."""
     device = next(module.parameters(), torch.empty(0)).device
     x_BD = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0)).to(device) + 1
