@@ -18,7 +18,9 @@ from crosslens.coder import Coder, JumpReLU, Pass, train_pass, training_rows
 from crosslens.errors import Diverged, Interrupted
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
+from crosslens.training.objective import Beside
 from crosslens.training.optimizers import new_optimizer
+from crosslens.training.readers import Reader
 from crosslens.training.row_steps import Gathered, clipped, separate
 from crosslens.training.schedule import length_in_steps, share_of_run, warmup_then_decay
 from crosslens.training.upkeep import (
@@ -91,8 +93,17 @@ def graceful_stop() -> Iterator[StopRequest]:
             signal.signal(caught, handler)
 
 
-def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) -> None:
+def fit(
+    config: TrainConfig,
+    state: TrainState,
+    stream: Stream,
+    hooks: Hooks,
+    readers: tuple[Reader, ...] = (),
+) -> None:
     """Train from `state.step` to `config.fit.steps`, in place.
+
+    Args:
+        readers: the MLPs that `objective.interaction` looks at, where it is switched on.
 
     Raises:
         Diverged: the loss stopped being finite; nothing is saved after that step.
@@ -104,7 +115,7 @@ def fit(config: TrainConfig, state: TrainState, stream: Stream, hooks: Hooks) ->
     with graceful_stop() as stop:
         while state.step < plan.steps:
             x_BX = _next_rows(state, stream, hooks, stop).to(state.idle_L.device)
-            last = _step(config, state, x_BX)
+            last = _step(config, state, x_BX, readers)
             bad_step = torch.where((bad_step < 0) & ~last.loss.isfinite(), state.step, bad_step)
             state.step += 1
             at_end = state.step == plan.steps
@@ -157,7 +168,9 @@ class _Step:
     resampled: int
 
 
-def _step(config: TrainConfig, state: TrainState, x_BX: Tensor) -> _Step:
+def _step(
+    config: TrainConfig, state: TrainState, x_BX: Tensor, readers: tuple[Reader, ...]
+) -> _Step:
     coder = state.coder.train()
     dead_L = state.idle_L >= config.fit.dead_after
     # From seed and step alone, so that going on after a stop draws the same.
@@ -165,7 +178,7 @@ def _step(config: TrainConfig, state: TrainState, x_BX: Tensor) -> _Step:
     rows = training_rows(coder.wiring, x_BX, generator)
     done, whole = state.step / config.fit.steps, config.objective.needs_all_latents
     shown = train_pass(coder, rows, dead_L, done, all_latents=whole)
-    loss, parts = config.objective(shown)
+    loss, parts = config.objective(shown, Beside(readers, generator))
     loss.backward()  # type: ignore[no-untyped-call]
     factor = _rate(config, state.step)
     grad, gathered = _gradients(config, coder, shown)

@@ -15,6 +15,7 @@ from crosslens.device import resolve_device
 from crosslens.text import Blocks
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, fit
+from crosslens.training.objective import Interaction
 from crosslens.training.optimizers import unscheduled
 from crosslens.training.start import first_state
 from crosslens.training.train import Models
@@ -62,7 +63,8 @@ class _Noise:
 
 def step_seconds(config: TrainConfig, layout: Layout, steps: int) -> float:
     """Seconds of one step on random rows, from `steps` of them after two to warm up. No latent is
-    dead in so short a time: AuxK is idle."""
+    dead in so short a time: AuxK is idle; and `objective.interaction` is left out, since it
+    needs the models' MLPs."""
     coder = new_coder(config, layout)
     transpose_init(coder, 0.1, torch.Generator().manual_seed(0))  # the start costs no step more
     coder.to(resolve_device(config.fit.device))
@@ -73,7 +75,7 @@ def step_seconds(config: TrainConfig, layout: Layout, steps: int) -> float:
             config.fit, steps=last, log_every=last, checkpoint_every=last, resample_every=0
         ),
         optimizer=unscheduled(config.optimizer),
-        objective=config.objective_in_shares(),
+        objective=replace(config.objective_in_shares(), interaction=Interaction()),
     )
     noise, state = _Noise(config.fit.batch, layout), first_state(coder, probe)
     fit(probe, state, noise, Hooks(lambda _: None, lambda _: None, lambda _: {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from crosslens.coder import (
 )
 from crosslens.coder.artifact import coder_tensors, restore_tensors
 from crosslens.config import kind_of
-from crosslens.device import resolve_dtype
+from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import UsageError
 from crosslens.kernels.choice import break_even
+from crosslens.lm import LanguageModel
 from crosslens.training.checkpoint import TrainState
 from crosslens.training.config import TrainConfig
 from crosslens.training.optimizers import new_optimizer
+from crosslens.training.readers import Reader, readers_of
 from crosslens.training.step_cost import size_of
 from crosslens.training.upkeep import renormalise_decoder
 
@@ -47,6 +50,22 @@ def first_state(coder: Coder, config: TrainConfig, sparse_below: float | None = 
     coder.sparse_below = sparse_below
     idle_L = torch.zeros(coder.wiring.n_latents, dtype=torch.int64, device=device)
     return TrainState(coder, new_optimizer(coder, config.optimizer), idle_L)
+
+
+def first_readers(
+    config: TrainConfig, models: Mapping[str, LanguageModel], wiring: Wiring
+) -> tuple[Reader, ...]:
+    """The MLPs that `objective.interaction` looks at; none where it is switched off.
+
+    Raises:
+        UsageError: as `readers_of`.
+    """
+    term = config.objective.interaction
+    if not term.weight:
+        return ()
+    device, dtype = resolve_device(config.fit.device), resolve_dtype(config.fit.dtype)
+    found = readers_of(models, wiring, term.sites, term.n_blocks)
+    return tuple(reader.to(device, dtype) for reader in found)
 
 
 def starting_coder(config: TrainConfig, wiring: Wiring) -> Coder:

@@ -33,8 +33,9 @@ from crosslens.text import Blocks, build_blocks, coverage
 from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, Metrics, fit
+from crosslens.training.readers import Reader
 from crosslens.training.run import Run, append_metrics, extend_record, trim_metrics
-from crosslens.training.start import begin, first_state, starting_coder
+from crosslens.training.start import begin, first_readers, first_state, starting_coder
 from crosslens.training.upkeep import as_saved
 
 Models = Mapping[str, LanguageModel]
@@ -61,7 +62,8 @@ def train(run: Run, models: Models, report: Report = silent) -> dict[str, Any]:
     config = run.config()
     training = _prepare(run, config, models, report)
     first_step = training.state.step
-    fit(config, training.state, _Batches(training, report), _hooks(run, config, training, report))
+    hooks = _hooks(run, config, training, report)
+    fit(config, training.state, _Batches(training, report), hooks, training.readers)
     summary = _summary(run, config, training, time.monotonic() - started, first_step)
     with as_saved(training.state, config.coder.unit_norm) as coder:
         save(coder.eval(), run.coder_path, _provenance(run, config, models, summary))
@@ -97,6 +99,7 @@ class _Training:
     state: TrainState
     ring: Ring
     heldout_BX: Tensor
+    readers: tuple[Reader, ...]
 
 
 class _Batches:
@@ -121,7 +124,9 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
     train_blocks, heldout_blocks = _blocks(run, config, models, report)
     source = _source(config, models, train_blocks)
     _check_buffer(config, source)
-    config.objective.check_wiring(config.wiring(source.layout, config.coder.latents))
+    wiring = config.wiring(source.layout, config.coder.latents)
+    config.objective.check_wiring(wiring)
+    readers = first_readers(config, models, wiring)
     calibration, sample_RX = _calibration(run, config, source, models, report)
     source = replace(source, median_P=torch.tensor(calibration.median))
     device = resolve_device(config.fit.device)
@@ -136,7 +141,8 @@ def _prepare(run: Run, config: TrainConfig, models: Models, report: Report) -> _
         ring.restore(position, lambda done, total: report("harvest again", done, total, {}))
     trim_metrics(run, state.step)
     heldout = replace(source, blocks=heldout_blocks)
-    return _Training(state, ring, _heldout_rows(heldout, config.fit.heldout_rows, device))
+    heldout_BX = _heldout_rows(heldout, config.fit.heldout_rows, device)
+    return _Training(state, ring, heldout_BX, readers)
 
 
 def _blocks(run: Run, config: TrainConfig, models: Models, report: Report) -> tuple[Blocks, Blocks]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from crosslens.coder import Activation, Gated, Pass, Wiring, WiringConfig
 from crosslens.errors import UsageError
 from crosslens.training.objective.delta import Delta
+from crosslens.training.objective.interaction import Beside, Interaction
 from crosslens.training.objective.reconstruction import AuxK, Matryoshka, MultiTopK, Recon
 from crosslens.training.objective.sparsity import NormL1, PAnneal, QuadraticTanh, Tanh
 from crosslens.training.objective.term import Term, weight_at
@@ -33,13 +34,20 @@ class Objective:
     gated_l1: GatedL1 = GatedL1()
     gated_aux: GatedAux = GatedAux()
     delta: Delta = Delta()
+    interaction: Interaction = Interaction()
 
-    def __call__(self, step: Pass) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and each term's unweighted value: what is logged is what is trained."""
+    def __call__(
+        self, step: Pass, beside: Beside | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and each term's unweighted value: what is logged is what is trained.
+
+        Args:
+            beside: what `interaction` needs of the models; no other term does.
+        """
         loss = step.recon_BY.new_zeros(())
         parts = {}
         for name, term in self.active():
-            value = term(step)
+            value = term(step, beside) if isinstance(term, Interaction) else term(step)
             loss = loss + weight_at(term, step.progress) * value
             parts[name] = value.detach()
         return loss, parts
