@@ -90,7 +90,7 @@ def damaged(kept: Path, folder: Path, fault: str) -> list[str]:
             coder = folder / "coder.safetensors"
             coder.write_bytes(coder.read_bytes()[:-7])
         case "newer":
-            certificate.write_text(text.replace('"version": 1', '"version": 7'))
+            certificate.write_text(text.replace('"version": 2', '"version": 7'))
         case "larger claim":
             found = json.loads(text)
             certificate.write_text(json.dumps(found | {"bound": 1.5}))

@@ -331,6 +331,9 @@ def test_the_loss_cap_is_attained() -> None:
     true = float(torch.nn.functional.cross_entropy(2 * U, torch.tensor([0])))
     assert true <= cap < true / 0.99
     assert math.isfinite(float(logits.loss_cap(scalar(5000.0), 3)))
+    # The two that are furthest apart are neither the first nor beside it.
+    between = float(logits.widest_up(torch.tensor([[0.0, 2.0, -1.0]]).double(), scalar(1.0)))
+    assert 3.0 <= between < 3.0 / 0.99
 
 
 @pytest.mark.parametrize("seed", CASES)

@@ -151,7 +151,7 @@ def judged(tables: mod_lemma.Tables, points: Tensor, pairs: bool) -> tuple[Tenso
     labels = torch.zeros(len(points), dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mod_lemma, "margin_correct", lambda z, e, y: found.append((z, e)) or y > 0)
-        mod_lemma.by_features(tables, points, labels, pairs=pairs)
+        mod_lemma.by_features(tables, mod_lemma.Points(points, labels), pairs=pairs)
     return found[0]
 
 
@@ -200,6 +200,6 @@ def test_the_box_holds_every_logit(seed: int) -> None:
     tables = mod_lemma.tables(w, noisy(w["W_E"], 0.01, seed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mod_lemma, "margin_correct", lambda z, e, y: found.append((z, e)) or y > 0)
-        mod_lemma.by_box(tables, data["points"], data["labels"])
+        mod_lemma.by_box(tables, mod_lemma.Points(data["points"], data["labels"]))
     logits, error = found[0]
     assert ((modular_addition.forward(w, data["points"]) - logits).abs() <= error).all()

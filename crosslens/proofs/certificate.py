@@ -22,13 +22,16 @@ from crosslens.errors import CrosslensError, UsageError
 from crosslens.proofs.ledger import Cost
 from crosslens.storage import load_tensors, replace_folder, save_json, save_tensors
 
-VERSION = 1
+VERSION = 2
+"""What is written. Version 1 had the one group of inputs "all" and no errors at sites."""
 FORMAT = "crosslens certificate"
-ClaimKind = Literal["accuracy", "loss"]
+ClaimKind = Literal["accuracy", "loss", "site_error"]
+MOST_GROUPS = 16
 LARGEST_JSON = 2**20
 LARGEST_TENSORS = 2**31
 """Bytes."""
 HASHED = ("coder", "data", "weights")
+FIELDS = ("bound", "family", "format", "hashes", "kind", "ledger", "site", "tiers", "version")
 
 
 class Refused(CrosslensError):
@@ -55,7 +58,8 @@ class Ledger:
 @dataclass(frozen=True, kw_only=True)
 class Certificate:
     """`kind` accuracy: at least `bound` of the data is answered right. `kind` loss: the mean
-    cross-entropy is at most `bound` nats."""
+    cross-entropy is at most `bound` nats. `kind` site_error: the mean ‖x − x̂‖ at `site` is at most
+    `bound`."""
 
     family: str
     kind: ClaimKind
@@ -63,9 +67,12 @@ class Certificate:
     hashes: Mapping[str, str]
     """SHA-256 of the coder, the data and the weights."""
     tiers: Mapping[str, str]
-    """Group of inputs → how it is bounded. "all" is the one group there is so far."""
+    """Group of inputs → how it is bounded. The group "all" stands alone; of several, the coder's
+    tensor `group` numbers each input's among the sorted names."""
     ledger: Ledger
     coder: Mapping[str, Tensor]
+    site: str = ""
+    """Where the error is claimed; empty for other claims."""
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
@@ -104,22 +111,22 @@ def load(folder: Path) -> Certificate:
     found = _object(_json(folder / "certificate.json"), "certificate")
     if found.get("format") != FORMAT:
         raise Refused(f"{folder / 'certificate.json'} is no certificate of crosslens.")
-    version = found.get("version")
-    if type(version) is not int or version != VERSION:
-        newer = " It was written by a newer version: update crosslens." if _newer(version) else ""
-        raise Refused(f"The certificate has version {version!r}, known is {VERSION}.{newer}")
-    _names(found, ("bound", "family", "format", "hashes", "kind", "ledger", "tiers", "version"))
+    version = _version(found)
+    fields = FIELDS if version > 1 else tuple(name for name in FIELDS if name != "site")
+    _names(found, fields)
     kind = found["kind"]
     if kind not in get_args(ClaimKind):
-        raise Refused(f"The certificate claims {kind!r}; known are accuracy and loss.")
+        known = ", ".join(get_args(ClaimKind))
+        raise Refused(f"The certificate claims {kind!r}; known are {known}.")
     return Certificate(
         family=_text(found["family"], "family"),
         kind=kind,
         bound=_number(found["bound"]),
         hashes=_hashes(found["hashes"]),
-        tiers=_tiers(found["tiers"]),
+        tiers=_tiers(found["tiers"], version),
         ledger=_ledger(found["ledger"]),
         coder=read_tensors(folder / "coder.safetensors"),
+        site=_site(kind, found.get("site", "")),
     )
 
 
@@ -148,8 +155,13 @@ def _bearable(path: Path, most: int) -> None:
         raise Refused(f"{path} has {size} bytes, more than the {most} that are read.")
 
 
-def _newer(version: Any) -> bool:
-    return type(version) is int and version > VERSION
+def _version(found: Mapping[str, Any]) -> int:
+    version = found.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        newer = type(version) is int and version > VERSION
+        advice = " It was written by a newer version: update crosslens." if newer else ""
+        raise Refused(f"The certificate has version {version!r}, known is 1 to {VERSION}.{advice}")
+    return version
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
@@ -186,10 +198,23 @@ def _hashes(value: Any) -> dict[str, str]:
     return found
 
 
-def _tiers(value: Any) -> dict[str, str]:
+def _tiers(value: Any, version: int) -> dict[str, str]:
     found = _object(value, "tiers")
-    _names(found, ("all",))
+    if version == 1 or "all" in found:
+        _names(found, ("all",))
+    if not 0 < len(found) <= MOST_GROUPS:
+        raise Refused(f"The certificate has {len(found)} groups; 1 to {MOST_GROUPS} are taken.")
+    for group in found:
+        _text(group, "group")
     return {group: _text(tier, "tier") for group, tier in found.items()}
+
+
+def _site(kind: str, value: Any) -> str:
+    if kind != "site_error":
+        if value != "":
+            raise Refused(f"The certificate names a site, which a claim of {kind} has not.")
+        return ""
+    return _text(value, "site")
 
 
 def _ledger(value: Any) -> Ledger:

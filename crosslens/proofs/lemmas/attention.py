@@ -5,7 +5,16 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslens.proofs.rounding import Ball, exact, matmul, norm_up, product_up, tanh_up, up
+from crosslens.proofs.rounding import (
+    Ball,
+    dot_up,
+    exact,
+    matmul,
+    norm_up,
+    product_up,
+    tanh_up,
+    up,
+)
 
 
 def variation_up(oscillation: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
@@ -53,3 +62,32 @@ def attention_moves(
     apart = (values_ND[:, None] - values_ND[None]).abs()
     diameter = norm_up(up(apart)).max()
     return up(product_up(variation_up(oscillation), diameter) + value_moves)
+
+
+def causal_moves(
+    eps: tuple[Tensor, Tensor],
+    sizes: tuple[Tensor, Tensor, Tensor],
+    maps: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> Float[Tensor, " U"]:
+    """At least ‖Σ_h W_Oᵀ (Σ_j A_hj v_hj − Σ_j Â_hj v̂_hj)‖ for queries u over their T keys.
+
+    Args:
+        eps: what the queries' [U] and the keys' inputs [U, T] are off by; 0 for keys that u does
+            not see.
+        sizes: at least the norms of decoded queries [U, H], keys and values [U, T, H].
+        maps: at least the norms of each head's W_Q, W_K, W_V, W_O [H].
+
+    Proof. As in `score_moves`, scores move by ε_q‖W_Q‖‖k̂‖ + ε_k‖W_K‖‖q̂‖ + ε_q ε_k‖W_Q‖‖W_K‖, their
+    oscillation by twice the largest of those; `attention_moves` with a diameter of at most twice
+    the largest ‖v̂‖, and values that move by ‖W_V‖ ε_k; then the triangle inequality over heads.
+    """
+    (eps_U, eps_UT), (query_UH, key_UTH, value_UTH) = eps, sizes
+    W_Q, W_K, W_V, W_O = maps
+    each, own = eps_UT[..., None], eps_U[:, None, None]
+    first = product_up(own, product_up(W_Q, key_UTH))
+    second = product_up(each, product_up(W_K, query_UH)[:, None])
+    third = product_up(product_up(own, each), product_up(W_Q, W_K))
+    moves = up(up(first + second) + third).amax(1)
+    mass = product_up(variation_up(up(2 * moves)), 2 * value_UTH.amax(1))
+    heads = up(mass + product_up(W_V, eps_UT.amax(1)[:, None]))
+    return dot_up(heads, W_O.expand_as(heads))

@@ -92,21 +92,27 @@ def _shaped(ball: Ball, *shape: int) -> Ball:
     return Ball(ball.mid.reshape(shape), ball.rad.reshape(shape))
 
 
-def certified_by_pairs(table: Tables) -> int:
-    """Sequences proved right by the theorem, v by v: V^4 K steps."""
-    return sum(_with_largest(table, m, apart=True) for m in range(table.direct_QV.mid.shape[1]))
+def certified_by_pairs(table: Tables, spare: float = 0.0) -> int:
+    """Sequences proved right by the theorem, v by v: V^4 K steps.
+
+    Here and below, sums must exceed `spare` times the size of their terms to count.
+    """
+    largest = range(table.direct_QV.mid.shape[1])
+    return sum(_with_largest(table, m, spare, apart=True) for m in largest)
 
 
-def certified_by_pessimum(table: Tables) -> int:
+def certified_by_pessimum(table: Tables, spare: float = 0.0) -> int:
     """As `certified_by_pairs`, with each of D and O's worst v taken apart: V^3 K steps."""
-    return sum(_with_largest(table, m, apart=False) for m in range(table.direct_QV.mid.shape[1]))
+    largest = range(table.direct_QV.mid.shape[1])
+    return sum(_with_largest(table, m, spare, apart=False) for m in largest)
 
 
-def _with_largest(table: Tables, m: int, *, apart: bool) -> int:
+def _with_largest(table: Tables, m: int, spare: float, *, apart: bool) -> int:
     """Sequences whose largest token is m and that are proved right."""
     weight = _weights(table, m, apart=apart)
     least = weight[:, :-1, :m].cummin(2).values if m else weight[:, :-1, :0]
-    return sum(_counted(weight, least, m, at) for at in _placings(weight.shape[1] - 1))
+    placings = _placings(weight.shape[1] - 1)
+    return sum(_counted(weight, least, m, at, spare) for at in placings)
 
 
 def _placings(places: int) -> list[tuple[bool, ...]]:
@@ -140,7 +146,7 @@ def _gaps(logits: Ball, m: int, apart: bool) -> Tensor:
     return down(least[..., None] - most)
 
 
-def _counted(weight: Tensor, least: Tensor, m: int, at: tuple[bool, ...]) -> int:
+def _counted(weight: Tensor, least: Tensor, m: int, at: tuple[bool, ...], spare: float) -> int:
     """Sequences with m at the places `at` before the last and nowhere else there.
 
     `least` [q, place, r, v] is min_{t≤r} w. The last token is any q < m, or m itself; for `at`
@@ -157,7 +163,7 @@ def _counted(weight: Tensor, least: Tensor, m: int, at: tuple[bool, ...]) -> int
     total = own[torch.arange(len(index)), -1, index][:, None]
     for place, largest in enumerate(at):
         total = total + (own[:, place, m:] if largest else prefix[:, place])
-    slack = own.abs().amax((1, 2)) * (places * places * SLACK)
+    slack = own.abs().amax((1, 2)) * (places * places * SLACK + places * spare)
     right = (total > slack[:, None]).all(-1)
     if not free:
         return int(right.sum())
@@ -166,7 +172,7 @@ def _counted(weight: Tensor, least: Tensor, m: int, at: tuple[bool, ...]) -> int
     return sum(int(count) ** free for count in steps)
 
 
-def certified_by_box(table: Tables) -> int:
+def certified_by_box(table: Tables, spare: float = 0.0) -> int:
     """Sequences proved right if nothing is known of tokens but that they are tokens: V^K or 0.
 
     Every gap, for every largest token, at least γ: an average of keys keeps D's least plus O's
@@ -177,18 +183,18 @@ def certified_by_box(table: Tables) -> int:
     for m in range(vocabulary):
         direct = _gaps(table.direct_QV, m, apart=False)[: m + 1].min()
         written = _gaps(table.written_KTV, m, apart=False)[:, : m + 1].min()
-        if not bool(down(direct + written) > 0):
+        if not bool(down(direct + written) > spare * (direct.abs() + written.abs())):
             return 0
     return int(vocabulary**places)
 
 
-def certified_by_codes(table: Tables) -> int:
+def certified_by_codes(table: Tables, spare: float = 0.0) -> int:
     """Sequences proved right one by one, from the tables: V^K steps of V, exact but for radii."""
     tokens = table.direct_QV.mid.shape[0]
-    return sum(_with_query(table, q) for q in range(tokens))
+    return sum(_with_query(table, q, spare) for q in range(tokens))
 
 
-def _with_query(table: Tables, q: int) -> int:
+def _with_query(table: Tables, q: int, spare: float) -> int:
     """Sequences proved right that end in q.
 
     y_v = Σ_j e^{S_j} (D_v + O_jv) has the order of z_v. Each of its terms is known up to its
@@ -202,7 +208,7 @@ def _with_query(table: Tables, q: int) -> int:
     radius = up(table.direct_QV.rad[q].max() + table.written_KTV.rad.amax(-1))
     size = up(logits.abs().amax(-1) + radius) * (1 + 16 * SLACK)
     places = logits.shape[0]
-    off = up(up(high - low) * size + high * (radius + size * (places * SLACK)))
+    off = up(up(high - low) * size + high * (radius + size * (places * SLACK + spare)))
     terms, off = high[..., None] * logits, off * (1 + 64 * SLACK) + places * TINY
     return _scan(terms, off, q)
 

@@ -69,6 +69,16 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Points:
+    """What is to be answered, and how: pairs [N, 2] and their answers [N]."""
+
+    points: Tensor
+    labels: Tensor
+    spare: float = 0.0
+    """Share of the logits' size by which a margin must exceed its error to count."""
+
+
+@dataclass(frozen=True)
 class Totals:
     """Points proved right, and at least the sum of their losses in nats."""
 
@@ -130,7 +140,7 @@ def factors(table: Tables, hint: tuple[Tensor, Tensor] | None) -> Factors:
     return Factors(parts, slope, up(up(through + own) + 4 * neurons * TINY))
 
 
-def by_codes(table: Tables, read: Factors, points_N2: Tensor, label_N: Tensor) -> Totals:
+def by_codes(table: Tables, read: Factors, given: Points) -> Totals:
     """One pass over the points: pre-activations by two rows of the table, logits by the factors."""
     pre, direct = table.pre_2TN.mid, table.direct_2TV.mid
 
@@ -145,10 +155,10 @@ def by_codes(table: Tables, read: Factors, points_N2: Tensor, label_N: Tensor) -
         error = up(product_up(size[:, None], read.slope_V) + read.offset_V)
         return direct[0, a] + direct[1, b] + logits, error
 
-    return _judged(chunk, points_N2, label_N)
+    return _judged(chunk, given)
 
 
-def by_features(table: Tables, points_N2: Tensor, label_N: Tensor, *, pairs: bool) -> Totals:
+def by_features(table: Tables, given: Points, *, pairs: bool) -> Totals:
     """First-order tiers: each feature's (and the bias's) own ReLU, written by itself, added up.
 
     What is missed is the interaction: min(P, Q) neuron by neuron, or from the table of pairs. It
@@ -174,7 +184,7 @@ def by_features(table: Tables, points_N2: Tensor, label_N: Tensor, *, pairs: boo
         # Half on each side of z_c − z_v.
         return logits, up(up(missed / 2)[:, None] + slack)
 
-    return _judged(chunk, points_N2, label_N)
+    return _judged(chunk, given)
 
 
 def _contributions(table: Tables) -> Tensor:
@@ -190,7 +200,7 @@ def _images(table: Tables, parts: Tensor) -> Tensor:
     return torch.cat([table.direct_2TV.mid, torch.zeros_like(written[:1])]) + written
 
 
-def by_box(table: Tables, points_N2: Tensor, label_N: Tensor) -> Totals:
+def by_box(table: Tables, given: Points) -> Totals:
     """One box for all points: every neuron between its ends, every logit between its own."""
     pre, direct = table.pre_2TN, table.direct_2TV
     both = sum_box(
@@ -208,7 +218,7 @@ def by_box(table: Tables, points_N2: Tensor, label_N: Tensor) -> Totals:
     def chunk(points: Tensor) -> tuple[Tensor, Tensor]:
         return centre.expand(len(points), -1), radius.expand(len(points), -1)
 
-    return _judged(chunk, points_N2, label_N)
+    return _judged(chunk, given)
 
 
 def _direct_box(direct: Ball) -> Box:
@@ -216,14 +226,13 @@ def _direct_box(direct: Ball) -> Box:
     return sum_box(Box(low[0], high[0]), Box(low[1], high[1]))
 
 
-def _judged(
-    chunk: Callable[[Tensor], tuple[Tensor, Tensor]], points_N2: Tensor, label_N: Tensor
-) -> Totals:
+def _judged(chunk: Callable[[Tensor], tuple[Tensor, Tensor]], given: Points) -> Totals:
     """`chunk` gives points' logits and their error."""
     right, losses = 0, []
-    for points, label in _chunks(points_N2, label_N):
+    for points, label in _chunks(given.points, given.labels):
         logits, error = chunk(points)
-        right += int(margin_correct(logits, error, label).sum())
+        wider = error + given.spare * logits.abs().amax(1, keepdim=True)
+        right += int(margin_correct(logits, wider, label).sum())
         losses.append(sum_up(loss_up(logits, error, label), 0))
     return Totals(right, float(sum_up(torch.stack(losses), 0)))
 
