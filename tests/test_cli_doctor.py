@@ -89,6 +89,7 @@ def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture
         "resume",
         "evaluate",
         "diff",
+        "interact",
         "prove",
         "report",
         "show",

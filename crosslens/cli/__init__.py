@@ -22,6 +22,7 @@ COMMANDS = {
     "resume": ("crosslens.cli.resume", "go on with a training that was stopped"),
     "evaluate": ("crosslens.cli.evaluate", "judge a run on held-out tokens"),
     "diff": ("crosslens.cli.diff", "what differs between a run's two models, beside its nulls"),
+    "interact": ("crosslens.cli.interact", "how latents interact through MLPs and attention"),
     "prove": ("crosslens.cli.prove", "bounds on a model that hold for certain, and their cost"),
     "report": ("crosslens.cli.report", "write a run's report.html, one self-contained file"),
     "show": ("crosslens.cli.show", "show a latent's top examples in the terminal"),

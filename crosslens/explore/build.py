@@ -13,6 +13,7 @@ from crosslens.errors import CrosslensError, UsageError
 from crosslens.explore.codes import Progress
 from crosslens.explore.diff_read import read_diff
 from crosslens.explore.gather import gather, quiet
+from crosslens.explore.interact_read import read_interact
 from crosslens.explore.report import write_report
 from crosslens.explore.store import LatentStore, load_manifest
 from crosslens.lm import LanguageModel
@@ -79,7 +80,9 @@ def _written(run: Run, store: LatentStore) -> Path:
     """The report, with whatever else is known of the run."""
     evaluation = run.folder / "evaluation.json"
     found = load_json(evaluation) if evaluation.is_file() else None
-    return write_report(run, store, found, diff=read_diff(run.folder, store.manifest.coder))
+    coder = store.manifest.coder
+    diff, interact = read_diff(run.folder, coder), read_interact(run.folder, coder)
+    return write_report(run, store, found, diff=diff, interact=interact)
 
 
 def _coder(run: Run) -> Coder:

@@ -17,7 +17,13 @@ from crosslens.explore import figures
 from crosslens.explore.codes import Ints
 from crosslens.explore.diff_read import Diffed, Unreadable
 from crosslens.explore.diff_section import latent_facts, section
+from crosslens.explore.interact_plots import TALL, WIDE
+from crosslens.explore.interact_read import Interacted
+from crosslens.explore.interact_section import partners
+from crosslens.explore.interact_section import section as interact_section
 from crosslens.explore.payload import choose_latents, packed, payload
+from crosslens.explore.prove_read import Proved, read_prove
+from crosslens.explore.prove_section import section as prove_section
 from crosslens.explore.store import LatentStore
 from crosslens.storage import void, write_atomic
 from crosslens.training import Run
@@ -25,8 +31,8 @@ from crosslens.training import Run
 LATENTS = 1000
 """Latents with examples in a report, at most: about 2 MB."""
 _PAGE = Path(__file__).parent / "page"
-_SCRIPTS = ("data.js", "list.js", "latent.js", "diff.js", "main.js")
-_STYLES = ("report.css", "diff.css")
+_SCRIPTS = ("data.js", "list.js", "latent.js", "diff.js", "interact.js", "main.js")
+_STYLES = ("report.css", "diff.css", "interact.css", "prove.css")
 
 
 _COLUMNS = (
@@ -56,6 +62,7 @@ def write_report(
     evaluation: Mapping[str, Any] | None,
     latents: int = LATENTS,
     diff: Diffed | Unreadable | None = None,
+    interact: Interacted | Unreadable | None = None,
 ) -> Path:
     """Write the run's `report.html`, atomically, and return its path.
 
@@ -63,8 +70,9 @@ def write_report(
         evaluation: what `crosslens evaluate` saved, if it ran.
         latents: how many latents the page carries, at most.
         diff: what `crosslens diff` saved, if it ran.
+        interact: what `crosslens interact` saved, if it ran.
     """
-    html = render(run, store, evaluation, latents, diff)
+    html = render(run, store, evaluation, latents, diff, interact)
     path = run.folder / "report.html"
     write_atomic(path, lambda temporary: void(temporary.write_text(html, encoding="utf-8")))
     return path
@@ -76,12 +84,15 @@ def render(
     evaluation: Mapping[str, Any] | None,
     latents: int = LATENTS,
     diff: Diffed | Unreadable | None = None,
+    interact: Interacted | Unreadable | None = None,
 ) -> str:
-    """The page as text; the same run, store, evaluation and diff give the same page."""
+    """The page as text; what is given gives the page, always the same."""
     metrics = run.metrics()
     evaluation = evaluation or {}
     found = section(diff) if isinstance(diff, Diffed) else None
-    chosen = choose_latents(store, latents, found.latents if found else ())
+    interacted = interact_section(interact) if isinstance(interact, Interacted) else None
+    named = [*(found.latents if found else ()), *(interacted.latents if interacted else ())]
+    chosen = choose_latents(store, latents, named)
     told = _key_figures(store, metrics, evaluation)
     script = _joined(_SCRIPTS)
     digest = hashlib.sha256(script.encode()).digest()
@@ -92,19 +103,18 @@ def render(
         evaluated=bool(evaluation),
         key_figures=told,
         measured=_measured(told),
-        curves=figures.curves(metrics),
         site_columns=_site_columns(metrics, evaluation),
-        strip=figures.norm_strip(store),
-        density=figures.density_histogram(store),
-        dead=[i for i, n in enumerate(store.statistics.count_L.tolist()) if n == 0],
         shown=len(chosen),
         facts=_facts(run, store),
         provenance=_provenance(store),
-        plot=(figures.WIDTH, figures.HEIGHT),
         diff=found,
         no_diff=diff.why if isinstance(diff, Unreadable) else None,
+        interact=interacted,
+        no_interact=interact.why if isinstance(interact, Unreadable) else None,
         on_page=frozenset(chosen.tolist()),
-        payload=packed(_payload(store, chosen, diff)),
+        payload=packed(_payload(store, chosen, diff, interact)),
+        **_charts(store, metrics),
+        **_proofs(run, store),
         css=Markup(_joined(_STYLES)),
         script=Markup(script),
         script_hash=Markup(base64.b64encode(digest).decode("ascii")),
@@ -123,8 +133,34 @@ def _environment() -> Environment:
     return environment
 
 
-def _payload(store: LatentStore, chosen: Ints, diff: Diffed | Unreadable | None) -> dict[str, Any]:
+def _charts(store: LatentStore, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page draws of the coder itself, and the sizes of plot areas."""
+    return {
+        "curves": figures.curves(metrics),
+        "strip": figures.norm_strip(store),
+        "density": figures.density_histogram(store),
+        "dead": [i for i, n in enumerate(store.statistics.count_L.tolist()) if n == 0],
+        "plot": (figures.WIDTH, figures.HEIGHT),
+        "scatter_plot": (WIDE, TALL),
+    }
+
+
+def _proofs(run: Run, store: LatentStore) -> dict[str, Any]:
+    """What `crosslens prove local` left of the run, or why it cannot be shown."""
+    found = read_prove(run.folder, store.manifest.coder)
+    shown = prove_section(found) if isinstance(found, Proved) else None
+    return {"prove": shown, "no_prove": found.why if isinstance(found, Unreadable) else None}
+
+
+def _payload(
+    store: LatentStore,
+    chosen: Ints,
+    diff: Diffed | Unreadable | None,
+    interact: Interacted | Unreadable | None,
+) -> dict[str, Any]:
     found = payload(store, chosen)
+    if isinstance(interact, Interacted):
+        found["interact"] = partners(interact, chosen.tolist())
     if isinstance(diff, Diffed):
         found["diff"] = latent_facts(diff, chosen.tolist())
     return found

@@ -1,1 +1,19 @@
 """How features interact through a model's nonlinearities."""
+
+from crosslens.interactions.study import Interactions, interact
+from crosslens.interactions.study_plan import PARTS, InteractPlan, Part, parse_parts
+from crosslens.interactions.study_run import interact_run
+from crosslens.interactions.tables import plain, save, tables
+
+__all__ = [
+    "PARTS",
+    "InteractPlan",
+    "Interactions",
+    "Part",
+    "interact",
+    "interact_run",
+    "parse_parts",
+    "plain",
+    "save",
+    "tables",
+]

@@ -4,7 +4,7 @@ function drawLatent(latent) {
   const page = document.getElementById("latent");
   page.replaceChildren(
     titleOf(latent),
-    el("div", { class: "panels" }, profileOf(latent), histogramOf(latent), ...logitsOf(latent)),
+    el("div", { class: "panels" }, profileOf(latent), histogramOf(latent), ...logitsOf(latent), ...partnersOf(latent)),
     ...examplesOf(latent));
   const label = data.label[latent.index].map((piece) => data.pieces[piece].trim()).join(", ");
   document.getElementById("said").textContent = `Latent ${latent.id}, active on ${label}`;

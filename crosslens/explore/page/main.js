@@ -59,6 +59,7 @@ unpack().then(() => {
   addEventListener("hashchange", show);
   drawList();
   drawTops();
+  drawLabels();
   show();
   document.documentElement.dataset.ready = "true";
 });

@@ -1,0 +1,151 @@
+"""`crosslens interact RUN`: how latents interact through the model's nonlinearities."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from crosslens.cli.arguments import parse
+from crosslens.cli.console import number, print_json
+from crosslens.cli.stages import Stages
+from crosslens.explore import rewrite
+from crosslens.interactions import InteractPlan, interact_run, parse_parts
+from crosslens.interactions.pair_table import Order
+from crosslens.training import open_run
+
+SHOWN = 12
+"""Triplets, figures and heads that are printed for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interact:
+    """What `interact` takes."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run directory."""
+    sites: tuple[str, ...] = ()
+    """Sites before an MLP, names or globs; all that the coder writes if not given."""
+    model: str | None = None
+    """The model that is looked at; all of the run's if not given, and then what changed too."""
+    tokens: int = InteractPlan.tokens
+    """Held-out tokens, then training ones, that all figures rest on."""
+    top: int = InteractPlan.top
+    """Pairs of latents that are told; the tables hold all that were measured."""
+    by: Order = InteractPlan.by
+    """What pairs are ranked by; product is strength times frequency."""
+    parts: str = "all"
+    """What is measured: of mlp, clusters, effects, attention, screen, changes; or all."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+    quiet: bool = False
+    """No progress."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exact interactions, pairs, kinds, effects, attention; kept in RUN/interact."""
+    asked = parse(
+        Interact,
+        argv,
+        None,
+        prog="crosslens interact",
+        description="How a run's latents interact through the model's MLPs and attention.",
+    )
+    plan = InteractPlan(
+        model=asked.model,
+        sites=tuple(name for text in asked.sites for name in text.split(",") if name),
+        tokens=asked.tokens,
+        top=asked.top,
+        by=asked.by,
+        parts=parse_parts(asked.parts),
+    )
+    measured = open_run(Path(asked.run))
+    with Stages(asked.quiet or asked.json) as stages:
+        found = interact_run(measured, plan, stages)
+    for part, why in found["left_out"].items():
+        print(f"{part} left out: {why}", file=sys.stderr)
+    if asked.json:
+        print_json(found)
+    else:
+        print(table(found))
+        print(f"\n✓ {measured.folder / 'interact'}   interact.json, tables as .parquet and .csv")
+    report = rewrite(measured)
+    if not asked.json:
+        print(
+            f"✓ {report}   with the interactions"
+            if report
+            else f"  crosslens report {measured.folder}   shows them with examples of the latents"
+        )
+    return 0
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The figures for people."""
+    parts = [_sites(found), _pairs(found), _prediction(found), _attention(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _sites(found: Mapping[str, Any]) -> str:
+    if not found["sites"]:
+        return ""
+    wide = max(map(len, found["sites"]))
+    lines = [
+        f"{number(found['tokens'])} tokens · {number(found['latents'])} latents",
+        f"{'':<{wide}} {'interaction':>12} {'of output':>10} {'with error':>11} "
+        f"{'norm':>7}   kinds",
+    ]
+    for site, each in found["sites"].items():
+        kinds = sorted(each["by_kind"].items(), key=lambda kind: -kind[1])[:3]
+        told = " · ".join(f"{name} {share:.0%}" for name, share in kinds if share >= 0.005)
+        lines.append(
+            f"{site:<{wide}} {each['interaction_share']:12.1%} {each['output_share']:10.0%} "
+            f"{each['error_share']:11.0%} {each['norm_mediated_share']:7.0%}   {told}"
+        )
+    return "\n".join(lines)
+
+
+def _pairs(found: Mapping[str, Any]) -> str:
+    pairs = found["pairs"]
+    if pairs is None:
+        return ""
+    cover = ", ".join(f"{k} {share:.1%}" for k, share in pairs["coverage"].items())
+    lines = [
+        f"{number(pairs['measured'])} pairs met; the strongest cover: {cover}",
+        f"{'i':>6} {'j':>6}  {'site':<22} {'strength':>9} {'tokens':>7} {'sign':>4}  kind",
+    ]
+    for each in pairs["top"][:SHOWN]:
+        sign = {1: "+", -1: "−"}.get(each["sign"], "·")
+        lines.append(
+            f"{each['i']:6} {each['j']:6}  {each['site']:<22} {number(each['strength']):>9} "
+            f"{each['frequency']:7.1%} {sign:>4}  {each['kind']}"
+        )
+    return "\n".join(lines)
+
+
+def _prediction(found: Mapping[str, Any]) -> str:
+    known = {
+        name: each for name, each in found["prediction"].items() if each["spearman"] is not None
+    }
+    ranked = sorted(known, key=lambda name: -abs(known[name]["spearman"]))
+    lines = ["what predicts the measured effect of a pair (Spearman, 95 %)"] if ranked else []
+    for name in ranked[:SHOWN]:
+        low, high = known[name]["ci"] or (None, None)
+        ends = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+        lines.append(f"  {name:<22} {known[name]['spearman']:>6.2f}{ends}")
+    return "\n".join(lines)
+
+
+def _attention(found: Mapping[str, Any]) -> str:
+    every = found["attention"].items()
+    heads = {name: each for name, each in every if each["interaction_share"] is not None}
+    ranked = sorted(heads, key=lambda name: -heads[name]["interaction_share"])
+    lines = [f"{len(found['attention'])} heads; most of their scores' variance is query × key in"]
+    for name in ranked[:SHOWN]:
+        pairs = heads[name]["pairs"]
+        best = f"   {pairs[0]['query']} → {pairs[0]['key']}" if pairs else ""
+        lines.append(f"  {name:<10} {heads[name]['interaction_share']:6.1%}{best}")
+    return "\n".join(lines) if ranked else ""
