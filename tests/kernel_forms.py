@@ -31,7 +31,7 @@ COMPILED = FORMS[::2]
 @functools.cache
 def form_of(name: str) -> Any:
     if name == "native":
-        assert build.built().library is not None, build.built().reason
+        assert build.built().compiled is not None, build.built().reason
         return native
     return stock if name == "stock" else Apart()
 

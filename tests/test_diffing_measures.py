@@ -17,7 +17,6 @@ from crosslens.diffing.classes import (
     classes,
     near_start,
 )
-from crosslens.diffing.intervals import wilson
 from crosslens.diffing.measures import Measures
 from crosslens.diffing.norms import (
     from_published_difference,
@@ -29,6 +28,7 @@ from crosslens.diffing.norms import (
 from crosslens.diffing.pair import pair_of
 from crosslens.diffing.strength import Activity
 from crosslens.errors import UsageError
+from crosslens.functional.shares import wilson
 from tests.diffing_toy import toy_pair
 
 

@@ -14,10 +14,11 @@ import pytest
 from crosslens.cli import main
 from crosslens.diffing.tables import load_table, save_table
 from crosslens.explore import LatentStore, rewrite, store_folder
-from crosslens.explore.diff_read import Diffed, Unreadable, read_diff
+from crosslens.explore.diff_read import Diffed, read_diff
 from crosslens.explore.diff_section import section
 from crosslens.explore.payload import choose_latents
 from crosslens.explore.report import render
+from crosslens.explore.saved import Unreadable
 from crosslens.training import open_run
 from tests.explore_diffed import change, leave, make_diffed_run, planted, toy
 from tests.test_cli_diff import QUICK

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from crosslens.diffing.classes import MINDER, NAMES
-from crosslens.diffing.intervals import wilson
 from crosslens.explore.diff_charts import (
     BINS,
     COSINE_BINS,
@@ -25,6 +24,7 @@ from crosslens.explore.diff_plots import CLOUD, TALL, causal_curve, scaling_scat
 from crosslens.explore.diff_section import TOP, section
 from crosslens.explore.figures import HEIGHT, WIDTH
 from crosslens.explore.shapes import Each, Maybe, misfit
+from crosslens.functional.shares import wilson
 from tests.explore_diffed import DEAD, toy
 
 

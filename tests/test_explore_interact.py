@@ -14,11 +14,11 @@ import pytest
 from crosslens.diffing.tables import load_table, save_table
 from crosslens.explore import build, rewrite
 from crosslens.explore import interact_plots as plots
-from crosslens.explore.diff_read import Unreadable
 from crosslens.explore.figures import number, percent
 from crosslens.explore.interact_read import Interacted, read_interact
 from crosslens.explore.interact_section import PARTNERS, partners, section
 from crosslens.explore.interact_tables import GLOSSARY, TOP, metric_rows
+from crosslens.explore.saved import Unreadable
 from crosslens.interactions.kinds import KINDS
 from crosslens.training import open_run
 from tests.explore_interacted import CHANGES, SITES, change, leave, toy

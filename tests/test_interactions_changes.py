@@ -195,7 +195,7 @@ def test_intervals_of_two_codes_leave_a_group_out_of_both():
     whole = difference([0, 1, 2])
     variance = 2 / 3 * sum((difference(kept) - whole) ** 2 for kept in ([1, 2], [0, 2], [0, 1]))
     assert float(value) == pytest.approx(whole)
-    assert float(high - value) == pytest.approx(4.303 * math.sqrt(variance))
+    assert float(high - value) == pytest.approx(4.3026527 * math.sqrt(variance))
     assert float(value - low) == pytest.approx(float(high - value))
 
 

@@ -21,7 +21,6 @@ from crosslens.interactions.kinds import (
     binding,
     by_kind,
     kinds,
-    strength_by_place,
 )
 from crosslens.interactions.kinds_signatures import SIGNATURE, SORTS, dealt, signatures, sorted_out
 from crosslens.interactions.pair_contexts import ContextPlan
@@ -246,18 +245,6 @@ def test_a_latent_without_weights_is_no_duplicate():
     silent = replace(toy.effective, decoder_LD=torch.zeros_like(toy.effective.decoder_LD))
     assert np.isnan(alike(table, {NAME: silent})).all()
     assert not (kinds(table, {NAME: silent}) == "split duplicate").any()
-
-
-def test_a_plot_has_a_place_and_a_label_for_each_triplet():
-    one = site("relu", False)
-    chunks = [{"chat/mlp_in.7": chunk(one, codes(9))}]
-    table = measured(chunks)
-    found = strength_by_place(table, np.arange(len(table)))
-    assert set(found) == {"site", "place", "strength", "label"}
-    assert set(found["place"].tolist()) == {7}
-    assert set(found["site"].tolist()) == {"chat/mlp_in.7"}
-    assert found["label"].tolist() == list(range(len(table)))
-    np.testing.assert_array_equal(found["strength"], table.strength_C)
 
 
 def test_what_is_missing_is_named():

@@ -133,7 +133,7 @@ def test_a_damaged_library_is_not_used(right, caplog):
     path = build.cache_folder() / "kernels" / f"rows-{build._fingerprint(build._compiler())}.so"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"\x7fELF and no more")
-    assert build.built().library is None
+    assert build.built().compiled is None
     assert agree(some_results(), right)
     assert str(path.parent) in messages(caplog)[0]
 
@@ -168,10 +168,10 @@ def test_a_compiler_that_knows_no_native_compiles_portably(monkeypatch, right, c
 
 @NEEDS_COMPILER
 def test_what_was_compiled_is_kept(monkeypatch):
-    first = build.built().library._name
+    first = build.built().compiled._name
     build.built.cache_clear()
     monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("compiled twice"))
-    assert build.built().library._name == first
+    assert build.built().compiled._name == first
     assert [path.name for path in Path(first).parent.iterdir()] == [Path(first).name]
 
 

@@ -16,12 +16,13 @@ from torch import nn
 
 from crosslens.cli import main
 from crosslens.errors import CrosslensError, Diverged, UsageError
+from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel, ModelSpec, open_model, open_models
 from crosslens.lm.adapter import leaves_weights_alone
 from crosslens.lm.builtin import BUILT_IN
 from crosslens.organisms import OrganismPlan, behaviour_rate, continuations, make, shipped
 from crosslens.organisms.answers import greedy, prompt_ids, sampled
-from crosslens.organisms.judging import clean_loss, wilson
+from crosslens.organisms.judging import clean_loss
 from crosslens.organisms.plan import silent
 from crosslens.organisms.rows import Row, fingerprint, training_rows
 from crosslens.organisms.tuning import row_loss, train, with_lora
@@ -303,7 +304,7 @@ def test_plans_that_make_no_sense(change):
 @pytest.mark.parametrize(("share", "n"), [(0.0, 48), (0.25, 8), (1.0, 48)])
 def test_the_interval_solves_its_equation(share, n):
     """Wilson 1927: its ends are the p with |share − p| = z √(p (1 − p) / n)."""
-    low, high = wilson(share, n)
+    low, high = wilson(round(share * n), n)
     assert 0 <= low <= share <= high <= 1
     for p in {low, high} - {0.0, 1.0}:
         assert abs(share - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))

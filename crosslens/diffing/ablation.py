@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from crosslens.activations import Source
-from crosslens.diffing.intervals import Interval, wilson
+from crosslens.diffing.intervals import Interval
 from crosslens.diffing.pair import Pair
 from crosslens.diffing.patching import (
     Edits,
@@ -37,6 +37,7 @@ from crosslens.diffing.patching import (
 from crosslens.diffing.resampling import mean_over
 from crosslens.diffing.stream import Progress, quiet
 from crosslens.errors import UsageError
+from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel, next_token_loss, split_site
 from crosslens.organisms import behaviour_rate
 from crosslens.text.documents import Messages

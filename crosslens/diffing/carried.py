@@ -16,9 +16,10 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from crosslens.activations import Source
-from crosslens.diffing.intervals import Interval, wilson
+from crosslens.diffing.intervals import Interval
 from crosslens.diffing.pair import Pair
 from crosslens.diffing.patching import Edits, check_same_tokens, cut
+from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel, split_site
 from crosslens.organisms import behaviour_rate
 from crosslens.text.documents import Messages

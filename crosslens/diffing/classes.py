@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from crosslens.diffing.intervals import wilson
 from crosslens.diffing.norms import Norms
 from crosslens.errors import UsageError
+from crosslens.functional.shares import wilson
 
 NAMES = ("only_a", "only_b", "shared", "other", "dead")
 """What a label's number stands for."""

@@ -8,19 +8,16 @@ not.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from statistics import NormalDist
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 from torch import Tensor
 
 from crosslens.errors import UsageError
 
-FREEDOM_MOST = 1000.0
-"""Beyond so many degrees of freedom Student's t is as good as normal."""
 AT_A_TIME = 4096
 """Latents whose bootstrap draws are held together."""
 
@@ -161,24 +158,10 @@ def degrees_of_freedom(share_GL: Float64[Tensor, "g l"]) -> Float64[Tensor, " l"
 
 def students_t(freedom_L: Float64[Tensor, " l"], level: float) -> Float64[Tensor, " l"]:
     """The t with P(|T| ≤ t) = level, for any degrees of freedom from 1 on; NaN below 1."""
-    inverse, t = _t_table(level)
-    at = 1 / freedom_L.clamp_max(FREEDOM_MOST).numpy()
-    return torch.from_numpy(np.interp(at, inverse, t, right=np.nan))
-
-
-@cache
-def _t_table(level: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(1/ν ascending, t): with t = √ν·tan θ, the density of θ is cos(θ)^(ν−1), summed here by
-    trapezia."""
     if not 0 < level < 1:
         raise UsageError(f"An interval's level is a share in (0, 1), found {level}.")
-    inverse = np.linspace(1 / FREEDOM_MOST, 1, 257)
-    angle = np.linspace(0, np.pi / 2, 8001)
-    density = np.cos(angle)[None] ** (1 / inverse - 1)[:, None]
-    below = np.cumsum((density[:, 1:] + density[:, :-1]) / 2, axis=1)
-    below = np.pad(below / below[:, -1:], ((0, 0), (1, 0)))
-    found = np.array([np.interp(level, row, angle) for row in below])
-    return inverse, np.tan(found) / np.sqrt(inverse)
+    t_L = torch.from_numpy(stdtrit(freedom_L.numpy(), (1 + level) / 2))
+    return t_L.where(freedom_L >= 1, torch.nan)
 
 
 def jackknife(value: float, left_out: NDArray[np.float64], level: float = 0.95) -> Interval:
@@ -190,14 +173,3 @@ def jackknife(value: float, left_out: NDArray[np.float64], level: float = 0.95) 
     error = float(np.sqrt((n - 1) / n * np.square(left_out - left_out.mean()).sum()))
     reach = float(students_t(torch.tensor([n - 1.0], dtype=torch.float64), level)) * error
     return Interval(value=value, low=value - reach, high=value + reach)
-
-
-def wilson(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's (1927) interval of a share `count` / `total`; (0, 1) of nothing."""
-    if not total:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, small = count / total, z * z / total
-    middle = (share + small / 2) / (1 + small)
-    reach = z / (1 + small) * (share * (1 - share) / total + small / (4 * total)) ** 0.5
-    return max(0.0, middle - reach), min(1.0, middle + reach)

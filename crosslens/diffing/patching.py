@@ -186,7 +186,7 @@ def raw_decoders(pair: Pair) -> tuple[Float[Tensor, "l x"], Float[Tensor, "l y"]
 def by_site(pair: Pair, rows_RY: Float[Tensor, "r y"]) -> dict[str, Float[Tensor, "r d"]]:
     """Rows over all sites of `b` → its sites, by the names they have within the model."""
     widths = list(pair.coder.wiring.write.pick(pair.sites_b).widths)
-    parts = rows_RY.split(widths, -1)  # type: ignore[no-untyped-call]
+    parts = torch.split(rows_RY, widths, -1)
     return {split_site(s)[1]: part for s, part in zip(pair.sites_b, parts, strict=True)}
 
 

@@ -59,7 +59,7 @@ class Condition:
     def by_prompt(self, value_R: Tensor) -> tuple[Tensor, ...]:
         """Values of rows [R, …], prompt by prompt."""
         counts = torch.bincount(self.prompt_R, minlength=self.n_prompts).tolist()
-        return tuple(value_R.split(counts))  # type: ignore[no-untyped-call]
+        return tuple(torch.split(value_R, counts))
 
 
 @dataclass(frozen=True)

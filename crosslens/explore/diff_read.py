@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from crosslens.diffing.classes import NAMES, PUBLISHED
-from crosslens.diffing.tables import Columns, load_table
+from crosslens.diffing.tables import Columns
 from crosslens.errors import CrosslensError
+from crosslens.explore.saved import Unreadable, load_columns, load_facts, read_saved
 from crosslens.explore.shapes import Each, Maybe, misfit
-from crosslens.storage import load_json
 
 REQUIRED = ("latent", "tokens", "density", "relative_norm", "norm_difference", "decoder_cosine",
             "template_share", "near_start", "class_minder")  # fmt: skip
@@ -94,36 +94,18 @@ class Diffed:
     """The same tables of the nulls, of those that have one."""
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """A diff that cannot be shown."""
-
-    why: str
-    """One sentence, for people."""
-
-
 def read_diff(run_folder: Path, coder: str) -> Diffed | Unreadable | None:
     """What there is of a diff in RUN/diff; None where `diff.json` is not there.
 
     Args:
         coder: the hash of the run's coder, which the diff must be of.
     """
-    folder = run_folder / "diff"
-    if not (folder / "diff.json").exists():
-        return None
-    try:
-        return _read(folder, coder)
-    except CrosslensError as error:
-        return Unreadable(f"{error} `crosslens diff {run_folder}` makes it anew.")
+    return read_saved(run_folder, "diff/diff.json", "diff", lambda path: _read(path, coder))
 
 
-def _read(folder: Path, coder: str) -> Diffed:
-    path = folder / "diff.json"
-    facts = load_json(path)
-    if wrong := _wrong(facts):
-        raise CrosslensError(f"{path} is not as `crosslens diff` writes it: {wrong}.")
-    if facts["coder"] != coder:
-        raise CrosslensError(f"{path} is of another coder than the one that this run has now.")
+def _read(path: Path, coder: str) -> Diffed:
+    folder = path.parent
+    facts = load_facts(path, coder, "diff", _wrong)
     columns = _table(folder / "latents.parquet", facts)
     nulls = {
         name: _table(folder / "nulls" / name / "latents.parquet", found)
@@ -145,13 +127,7 @@ def _wrong(facts: Any) -> str | None:
 
 def _table(path: Path, facts: Mapping[str, Any]) -> Columns:
     """A table of latents; refused unless it has the columns and the counts of its `facts`."""
-    try:
-        columns = load_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise CrosslensError(f"{path} is missing or damaged.") from error
-    needed = REQUIRED if facts["by_scaling"] is None else REQUIRED + SCALING
-    if missing := [name for name in needed if name not in columns]:
-        raise CrosslensError(f"{path} lacks the column {missing[0]}.")
+    columns = load_columns(path, REQUIRED if facts["by_scaling"] is None else REQUIRED + SCALING)
     counts = Counter(columns["class_minder"].tolist())
     if any(counts[name] != facts["classes"][name] for name in NAMES):
         raise CrosslensError(f"{path} and the diff.json beside it are not of one diff.")

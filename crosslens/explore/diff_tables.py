@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosslens.diffing.classes import PUBLISHED, Bins
-from crosslens.diffing.intervals import wilson
 from crosslens.diffing.measures import RARE
 from crosslens.explore.figures import number
+from crosslens.functional.shares import wilson
 from crosslens.text.planted import BEHAVIOURS
 
 _CONVENTIONS = {"minder": "Minder et al., Δ", "kissane": "Kissane et al., r",

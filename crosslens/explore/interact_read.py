@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosslens.diffing.tables import Columns, load_table
+from crosslens.diffing.tables import Columns
 from crosslens.errors import CrosslensError
-from crosslens.explore.diff_read import Unreadable
+from crosslens.explore.saved import Unreadable, load_columns, load_facts, read_saved
 from crosslens.explore.shapes import Each, Maybe, misfit
-from crosslens.storage import load_json
 
 REQUIRED = ("site", "i", "j", "kind", "count", "strength", "product")
 """Columns of `pairs.parquet` that the section draws; more may be there."""
@@ -104,34 +103,20 @@ def read_interact(run_folder: Path, coder: str) -> Interacted | Unreadable | Non
     Args:
         coder: the hash of the run's coder, which the interactions must be of.
     """
-    folder = run_folder / "interact"
-    if not (folder / "interact.json").exists():
-        return None
-    try:
-        return _read(folder, coder)
-    except CrosslensError as error:
-        return Unreadable(f"{error} `crosslens interact {run_folder}` makes it anew.")
+    return read_saved(
+        run_folder, "interact/interact.json", "interact", lambda path: _read(path, coder)
+    )
 
 
-def _read(folder: Path, coder: str) -> Interacted:
-    path = folder / "interact.json"
-    facts = load_json(path)
-    if wrong := misfit(facts, SHAPE, "it"):
-        raise CrosslensError(f"{path} is not as `crosslens interact` writes it: {wrong}.")
-    if facts["coder"] != coder:
-        raise CrosslensError(f"{path} is of another coder than the one that this run has now.")
+def _read(path: Path, coder: str) -> Interacted:
+    facts = load_facts(path, coder, "interact", lambda found: misfit(found, SHAPE, "it"))
     if facts["pairs"] is None:
         return Interacted(facts, {})
-    return Interacted(facts, _table(folder / "pairs.parquet", facts))
+    return Interacted(facts, _table(path.with_name("pairs.parquet"), facts))
 
 
 def _table(path: Path, facts: Mapping[str, Any]) -> Columns:
-    try:
-        columns = load_table(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-        raise CrosslensError(f"{path} is missing or damaged.") from error
-    if missing := [name for name in REQUIRED if name not in columns]:
-        raise CrosslensError(f"{path} lacks the column {missing[0]}.")
+    columns = load_columns(path, REQUIRED)
     rows, sites = len(columns["i"]), set(columns["site"].tolist())
     if rows != facts["pairs"]["candidates"] or not sites <= set(facts["sites"]):
         raise CrosslensError(f"{path} and the interact.json beside it are not of one measurement.")

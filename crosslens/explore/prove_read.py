@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crosslens.errors import CrosslensError
-from crosslens.explore.diff_read import Unreadable
+from crosslens.explore.saved import Unreadable, load_facts, read_saved
 from crosslens.explore.shapes import Each, Maybe, misfit
-from crosslens.storage import load_json
 
 _FIGURE = Maybe(float)
 _TIER = {
@@ -81,22 +79,13 @@ def read_prove(run_folder: Path, coder: str) -> Proved | Unreadable | None:
     Args:
         coder: the hash of the run's coder, which the proofs must be of.
     """
-    path = run_folder / "prove" / "local.json"
-    if not path.exists():
-        return None
-    try:
-        return _read(path, coder)
-    except CrosslensError as error:
-        return Unreadable(f"{error} `crosslens prove local {run_folder}` makes it anew.")
-
-
-def _read(path: Path, coder: str) -> Proved:
-    facts = load_json(path)
-    if wrong := _wrong(facts):
-        raise CrosslensError(f"{path} is not as `crosslens prove local` writes it: {wrong}.")
-    if facts["coder"] != coder:
-        raise CrosslensError(f"{path} is of another coder than the one that this run has now.")
-    return Proved(facts)
+    command = "prove local"
+    return read_saved(
+        run_folder,
+        "prove/local.json",
+        command,
+        lambda path: Proved(load_facts(path, coder, command, _wrong)),
+    )
 
 
 def _wrong(facts: Any) -> str | None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from crosslens.explore import figures
 from crosslens.explore.codes import Ints
-from crosslens.explore.diff_read import Diffed, Unreadable
+from crosslens.explore.diff_read import Diffed
 from crosslens.explore.diff_section import latent_facts, section
 from crosslens.explore.interact_plots import TALL, WIDE
 from crosslens.explore.interact_read import Interacted
@@ -24,6 +24,7 @@ from crosslens.explore.interact_section import section as interact_section
 from crosslens.explore.payload import choose_latents, packed, payload
 from crosslens.explore.prove_read import Proved, read_prove
 from crosslens.explore.prove_section import section as prove_section
+from crosslens.explore.saved import Unreadable
 from crosslens.explore.store import LatentStore
 from crosslens.storage import void, write_atomic
 from crosslens.training import Run

@@ -153,7 +153,7 @@ def _bag(table_UN: Tensor, active: Active, power: int = 1) -> Tensor:
 
 def _halves(value: Tensor, n: int) -> tuple[Tensor, ...]:
     """Values, and gates where there are any."""
-    return value.split(n, -1)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.split(value, n, -1)
 
 
 def _pair(parts: tuple[T, ...]) -> tuple[T, T | None]:

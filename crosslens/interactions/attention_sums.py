@@ -13,7 +13,7 @@ from crosslens.interactions.attention_plan import AttentionPlan
 from crosslens.interactions.attention_query import Query, drawn
 from crosslens.interactions.attention_tokens import Tokens
 from crosslens.interactions.attention_usage import Usage
-from crosslens.interactions.pair_intervals import student
+from crosslens.interactions.pair_intervals import jackknife_reach
 from crosslens.interactions.pair_sums import places
 
 ORIGINS = ("latents", "biases", "error")
@@ -72,15 +72,11 @@ def ratio_interval(
     """Σ part / Σ whole, and a 95 % interval of it: as `pair_intervals.mean_interval`, for wholes
     that need not be counts. NaN where the whole is 0, low and high also where only one group has
     anything."""
-    there_XG = whole_XG > 0
-    groups_X = there_XG.sum(1)
     ratio_X = part_XG.sum(1) / whole_XG.sum(1)
     without_XG = (part_XG.sum(1, keepdim=True) - part_XG) / (
         whole_XG.sum(1, keepdim=True) - whole_XG
     )
-    square_XG = (without_XG - ratio_X[:, None]).square().where(there_XG, 0.0)
-    error_X = (square_XG.sum(1) * (groups_X - 1) / groups_X).sqrt()
-    reach_X = (error_X * student(groups_X - 1)).where(groups_X > 1, torch.nan)
+    reach_X = jackknife_reach(ratio_X, without_XG, whole_XG > 0)
     return ratio_X, ratio_X - reach_X, ratio_X + reach_X
 
 

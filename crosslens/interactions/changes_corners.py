@@ -18,7 +18,7 @@ from crosslens.interactions.pair_contexts import (
     Wanted,
     measure_in_context,
 )
-from crosslens.interactions.pair_intervals import student
+from crosslens.interactions.pair_intervals import jackknife_reach
 from crosslens.interactions.pairs import Chunks
 
 CORNERS = ("aa", "ab", "ba", "bb")
@@ -79,11 +79,8 @@ def ratios_interval(
     value_C = weight_K @ (total_KC1 / count_KC1)[..., 0]
     without_KCG = (total_KC1 - total_KCG) / (count_KC1 - count_KCG)
     there_CG = (count_KCG > 0).any(0)
-    groups_C = there_CG.sum(-1)
     theta_CG = torch.einsum("k,kcg->cg", weight_K, without_KCG)
-    square_CG = (theta_CG - value_C[:, None]).square().where(there_CG, 0.0)
-    error_C = (square_CG.sum(-1) * (groups_C - 1) / groups_C).sqrt()
-    reach_C = (error_C * student(groups_C - 1)).where(groups_C > 1, torch.nan)
+    reach_C = jackknife_reach(value_C, theta_CG, there_CG)
     return value_C, value_C - reach_C, value_C + reach_C
 
 

@@ -248,7 +248,7 @@ def _best(edges: Edges, runs: Sequence[Ints], resolution: float) -> Ints:
 def _runs(edges: Edges, plan: ClusterPlan) -> list[Ints]:
     """A partition from each seed, labels 0, 1, … without a gap."""
     try:
-        from graspologic_native import leiden  # type: ignore[import-untyped]
+        from graspologic_native import leiden
     except ImportError as error:
         raise CrosslensError(
             "Clusters are found with graspologic-native, which is not installed: "

@@ -12,7 +12,7 @@ from torch import Tensor
 from crosslens.coder import Coder, dense_decoder
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.lm import LanguageModel, split_site
-from crosslens.lm.mlp import MLP, Norm, mlp_of
+from crosslens.lm.mlp import MLP, Norm, folded, mlp_of, reading_layer
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,16 +70,6 @@ class Effective:
         """The same to the gate."""
         return None if self.gate is None else self.gate.E_LN
 
-    @property
-    def constant_N(self) -> Tensor:
-        """What is always there where the scalar is 1."""
-        return self.value.moving_N + self.value.fixed_N
-
-    @property
-    def constant_gate_N(self) -> Tensor | None:
-        """The same of the gate."""
-        return None if self.gate is None else self.gate.moving_N + self.gate.fixed_N
-
 
 def mlp_sites(coder: Coder, model: LanguageModel) -> tuple[str, ...]:
     """The sites of `model` that the coder writes and that an MLP reads, now or after attention.
@@ -99,7 +89,7 @@ def mlp_sites(coder: Coder, model: LanguageModel) -> tuple[str, ...]:
         raise UsageError(
             f"This coder writes sites of other models than {model.name!r}: {', '.join(sites)}."
         )
-    found = tuple(site for site in own if _layer(model, site) is not None)
+    found = tuple(site for site in own if reading_layer(model, site) is not None)
     if not found:
         raise UsageError(
             f"This coder writes {', '.join(own)}: neither an MLP's input (mlp_in.N) nor the "
@@ -107,16 +97,6 @@ def mlp_sites(coder: Coder, model: LanguageModel) -> tuple[str, ...]:
             "Train one that does, such as `--sites resid_mid.5`."
         )
     return found
-
-
-def _layer(model: LanguageModel, site: str) -> int | None:
-    """Which layer's MLP reads the site."""
-    kind, _, number = split_site(site)[1].partition(".")
-    if kind in ("mlp_in", "resid_mid", "resid_pre"):
-        return int(number)
-    if kind == "resid_post" and int(number) + 1 < model.n_layers:
-        return int(number) + 1
-    return None
 
 
 @torch.no_grad()
@@ -144,7 +124,7 @@ def effective(coder: Coder, model: LanguageModel, site: str) -> Effective:
             f"{site} is {width} wide in this coder and {model.width(plain)} in {model.name!r} "
             f"({model.spec.path}): the coder is of another model."
         )
-    layer = _layer(model, site)
+    layer = reading_layer(model, site)
     assert layer is not None
     mlp, device = mlp_of(model, layer), coder.b_dec.device
     norm = None if plain.startswith("mlp_in") else mlp.norm
@@ -197,14 +177,7 @@ def branch_of(
     decoder_LD: Tensor, bias_D: Tensor, norm: Norm | None, W_ND: Tensor, b_N: Tensor | None
 ) -> Branch:
     """Latents of these decoders through a norm and the linear map x ↦ W x + b."""
-    W_DN = W_ND.T
-    fixed_N = W_DN.new_zeros(W_DN.shape[1]) if b_N is None else b_N.to(W_DN.device)
-    if norm is not None:
-        if norm.bias_D is not None:
-            fixed_N = fixed_N + norm.bias_D.to(W_DN.device) @ W_DN
-        W_DN = norm.gain_D.to(W_DN.device)[:, None] * W_DN
-        if norm.kind == "layer":
-            W_DN = W_DN - W_DN.mean(0)  # taking the mean off a row is a linear map
+    W_DN, fixed_N = folded(norm, W_ND, b_N)
     return Branch(
         E_LN=decoder_LD @ W_DN,
         moving_N=bias_D @ W_DN,

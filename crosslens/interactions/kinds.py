@@ -14,7 +14,6 @@ from crosslens.errors import UsageError
 from crosslens.interactions.effective import Effective
 from crosslens.interactions.kinds_signatures import SIGNATURE, SORTS
 from crosslens.interactions.pair_table import Floats, Triplets
-from crosslens.lm import split_site
 
 Labels: TypeAlias = NDArray[Any]
 """One str or int for each triplet."""
@@ -201,21 +200,3 @@ def by_kind(triplets: Triplets, kinds: Labels) -> dict[str, dict[str, float]]:
         parts = {kind: float(product_C[kind_C == kind].sum()) for kind in KINDS}
         found[site] = {kind: part / whole if whole else 0.0 for kind, part in parts.items()}
     return found
-
-
-def strength_by_place(triplets: Triplets, labels: Labels) -> dict[str, Labels]:
-    """Columns of a plot of strength against place, coloured by kind or cluster.
-
-    Args:
-        labels: one for each triplet, such as of `kinds` or of `Clusters.of`.
-
-    Returns:
-        `site`; `place`, the number in its name; `strength`; `label`.
-    """
-    number = np.array([int(split_site(s)[1].rpartition(".")[2]) for s in triplets.sites])
-    return {
-        "site": np.array(triplets.sites)[triplets.site_C],
-        "place": number[triplets.site_C],
-        "strength": triplets.strength_C,
-        "label": np.asarray(labels),
-    }

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-# Student's t at 97.5 %, for 1, 2, … degrees of freedom.
-_T975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
+from crosslens.diffing.intervals import students_t
 
 
-def student(freedom: Int64[Tensor, "*c"]) -> Float[Tensor, "*c"]:
-    """How many standard errors a 95 % interval reaches to either side: Student's t, from 31 degrees
-    of freedom on that of 30 (wider than right by 4 % at most)."""
-    table = torch.tensor(_T975, dtype=torch.float64, device=freedom.device)
-    return table[freedom.clamp(1, len(_T975)) - 1]
+def jackknife_reach(
+    value_C: Float[Tensor, " c"], without_CG: Float[Tensor, "c g"], there_CG: Bool[Tensor, "c g"]
+) -> Float[Tensor, " c"]:
+    """How far a 95 % interval of a figure reaches to either side, from the figure without each
+    group of documents.
+
+    With θ the figure and θ_g that without group g, the variance is (G − 1)/G Σ_g (θ_g − θ)², G the
+    number of groups in which there is anything (the jackknife of a ratio; Quenouille 1956, Tukey
+    1958), and the interval t standard errors wide on G − 1 degrees of freedom. NaN where G < 2.
+    """
+    groups_C = there_CG.sum(-1)
+    square_CG = (without_CG - value_C[:, None]).square().where(there_CG, 0.0)
+    error_C = (square_CG.sum(-1) * (groups_C - 1) / groups_C).sqrt()
+    t_C = students_t((groups_C - 1).double().cpu(), 0.95).to(error_C)
+    return (error_C * t_C).where(groups_C > 1, torch.nan)
 
 
 def mean_interval(
@@ -26,10 +31,7 @@ def mean_interval(
 ) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"], Float[Tensor, " c"]]:
     """Σ total / Σ count, and a 95 % interval of it, leaving out one group of documents at a time.
 
-    With θ the mean and θ_g that without group g, the variance is (G − 1)/G Σ_g (θ_g − θ)², G the
-    number of groups in which there is anything (the jackknife of a ratio; Quenouille 1956, Tukey
-    1958), and the interval t standard errors wide on G − 1 degrees of freedom. Tokens of a document
-    depend on one another, which an interval over tokens would not know.
+    Tokens of a document depend on one another, which an interval over tokens would not know.
 
     Returns:
         Mean, low, high; low and high are NaN where fewer than two groups have anything, the mean
@@ -38,10 +40,6 @@ def mean_interval(
     count_CG = count_CG.to(total_CG.dtype)
     total_C, count_C = total_CG.sum(1), count_CG.sum(1)
     mean_C = total_C / count_C
-    there_CG = count_CG > 0
-    groups_C = there_CG.sum(1)
     without_CG = (total_C[:, None] - total_CG) / (count_C[:, None] - count_CG)
-    square_CG = (without_CG - mean_C[:, None]).square().where(there_CG, 0.0)
-    error_C = (square_CG.sum(1) * (groups_C - 1) / groups_C).sqrt()
-    reach_C = (error_C * student(groups_C - 1)).where(groups_C > 1, torch.nan)
+    reach_C = jackknife_reach(mean_C, without_CG, count_CG > 0)
     return mean_C, mean_C - reach_C, mean_C + reach_C

@@ -40,7 +40,7 @@ PATIENCE = 120
 class Built:
     """The compiled library, or why there is none."""
 
-    library: ctypes.CDLL | None
+    compiled: ctypes.CDLL | None
     reason: str
 
 

@@ -70,7 +70,7 @@ def _why_none(tensors: list[Tensor]) -> str:
     device = tensors[0].device.type
     if device == "cuda" and _triton() is None:
         return "triton is not installed"
-    if device == "cpu" and built().library is None:
+    if device == "cpu" and built().compiled is None:
         return built().reason
     formats = sorted({str(t.dtype).removeprefix("torch.") for t in tensors})
     return f"no kernel takes {' with '.join(formats)} on {device}"

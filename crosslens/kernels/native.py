@@ -34,7 +34,7 @@ class _Adam(ctypes.Structure):
 def takes(*tensors: Tensor | None) -> bool:
     """Whether there are compiled kernels, and they are compiled for such tensors."""
     known = (t for t in tensors if t is not None)
-    return built().library is not None and all(
+    return built().compiled is not None and all(
         t.device.type == "cpu" and t.dtype in TABLES for t in known
     )
 
@@ -142,7 +142,7 @@ def _call(name: str, table: torch.dtype, n_items: int, fixed: tuple[Any, ...]) -
     Raises:
         MemoryError: a kernel found no memory for one row.
     """
-    library = built().library
+    library = built().compiled
     assert library is not None
     function: Callable[..., int] = getattr(library, name + TABLES[table])
     arguments = tuple(map(_pointer, fixed))

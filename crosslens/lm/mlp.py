@@ -21,6 +21,7 @@ from crosslens.errors import UsageError
 from crosslens.functional.interactions import KINDS, Kind, activation
 from crosslens.lm.anatomy import probe
 from crosslens.lm.model import LanguageModel
+from crosslens.lm.sites import split_site
 from crosslens.lm.trace import Call, calls_of, upstream, watch
 
 _EXACT = 1e-5
@@ -259,6 +260,32 @@ def _norm_before(model: LanguageModel, layer: int, mlp: nn.Module) -> Norm | Non
             "still can."
         )
     return found
+
+
+def reading_layer(model: LanguageModel, site: str) -> int | None:
+    """Which layer's MLP reads a site, at once or after attention; None where none does."""
+    kind, _, number = split_site(site)[1].partition(".")
+    if kind in ("mlp_in", "resid_mid", "resid_pre"):
+        return int(number)
+    if kind == "resid_post" and int(number) + 1 < model.n_layers:
+        return int(number) + 1
+    return None
+
+
+def folded(
+    norm: Norm | None, W_ND: Float[Tensor, "n d"], b_N: Float[Tensor, " n"] | None
+) -> tuple[Float[Tensor, "d n"], Float[Tensor, " n"]]:
+    """y ↦ W y + b of normalised rows as x ↦ scalar(x) · (x @ through) + fixed of the rows given to
+    the norm: gain, bias and centring are linear maps and go into `through` and `fixed`."""
+    W_DN = W_ND.T
+    fixed_N = W_DN.new_zeros(W_DN.shape[1]) if b_N is None else b_N.to(W_DN.device)
+    if norm is not None:
+        if norm.bias_D is not None:
+            fixed_N = fixed_N + norm.bias_D.to(W_DN.device) @ W_DN
+        W_DN = norm.gain_D.to(W_DN.device)[:, None] * W_DN
+        if norm.kind == "layer":
+            W_DN = W_DN - W_DN.mean(0)
+    return W_DN, fixed_N
 
 
 def norm_of(module: nn.Module, width: int) -> Norm | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
+from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel, next_token_loss
 from crosslens.organisms.answers import behaviour_rate
 from crosslens.text.chat import format_chat
@@ -27,7 +27,7 @@ def judged(model: LanguageModel, behaviour: Behaviour, n: int) -> dict[str, Any]
     for kind, triggered in kinds.items():
         asked = prompts(behaviour, n, _SEED, "heldout", triggered)
         rate = behaviour_rate(model, behaviour, asked, ANSWER_TOKENS)
-        rates[kind] = {"rate": rate, "interval": wilson(rate, n)}
+        rates[kind] = {"rate": rate, "interval": list(wilson(round(rate * n), n))}
     return {"rates": rates, "clean_loss": clean_loss(model, behaviour, n)}
 
 
@@ -45,11 +45,3 @@ def clean_loss(model: LanguageModel, behaviour: Behaviour, n: int) -> float:
             loss_BT = next_token_loss(model.run(tokens_BT, {}), tokens_BT)
         total, count = total + loss_BT.sum().item(), count + loss_BT.numel()
     return total / count
-
-
-def wilson(share: float, n: int) -> list[float]:
-    """Wilson's 95 % interval for a share of `n` (Wilson 1927)."""
-    z = 1.959964
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return [max(0.0, middle - half), min(1.0, middle + half)]

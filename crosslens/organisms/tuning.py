@@ -64,7 +64,7 @@ def train(adapted: Any, rows: Sequence[Row], plan: OrganismPlan, report: Report)
         if not loss.isfinite():
             raise Diverged(f"The loss is {losses[-1]} at step {step + 1}. Try a smaller lr.")
         optimizer.param_groups[0]["lr"] = plan.lr * _share(step, plan.steps)
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()

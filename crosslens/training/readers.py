@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
 
 from crosslens.coder import Wiring
 from crosslens.errors import UsageError, suggestion
 from crosslens.functional.interaction_penalty import Neurons
 from crosslens.lm import LanguageModel, split_site
-from crosslens.lm.mlp import MLP, Norm, mlp_of
+from crosslens.lm.mlp import MLP, Norm, folded, mlp_of, reading_layer
 
 READ = ("mlp_in", "resid_pre", "resid_mid", "resid_post")
 """Kinds of sites that an MLP reads, at once or after a norm and perhaps attention."""
@@ -89,7 +88,8 @@ def readers_of(
         UsageError: as `read_sites`; or a site is named that no MLP comes after, or an MLP is of no
             supported kind.
     """
-    placed = [(site, *_mlp_after(models, site)) for site in read_sites(wiring, patterns)]
+    owned = [(site, _owner(models, site)) for site in read_sites(wiring, patterns)]
+    placed = [(site, model, reading_layer(model, site)) for site, model in owned]
     last = [site for site, _, layer in placed if layer is None]
     if last and (patterns or len(last) == len(placed)):
         raise UsageError(
@@ -103,13 +103,9 @@ def readers_of(
     )
 
 
-def _mlp_after(models: Mapping[str, LanguageModel], site: str) -> tuple[LanguageModel, int | None]:
-    """The model that a site is of, and which layer's MLP reads it."""
-    name, plain = split_site(site)
-    model = models[name] if name is not None else next(iter(models.values()))
-    kind, _, number = plain.partition(".")
-    layer = int(number) + (kind == "resid_post")
-    return model, layer if layer < model.n_layers else None
+def _owner(models: Mapping[str, LanguageModel], site: str) -> LanguageModel:
+    name = split_site(site)[0]
+    return models[name] if name is not None else next(iter(models.values()))
 
 
 def _reader(site: str, mlp: MLP, n_blocks: int) -> Reader:
@@ -117,7 +113,7 @@ def _reader(site: str, mlp: MLP, n_blocks: int) -> Reader:
     branches = [(mlp.W_in_ND, mlp.b_in_N)]
     if mlp.W_gate_ND is not None:
         branches.append((mlp.W_gate_ND, mlp.b_gate_N))
-    parts = [_through(W_ND.float(), b_N, norm) for W_ND, b_N in branches]
+    parts = [folded(norm, W_ND.float(), b_N) for W_ND, b_N in branches]
     n_blocks = min(n_blocks, len(mlp.W_in_ND))
     blocks = tuple(
         Neurons(
@@ -129,18 +125,6 @@ def _reader(site: str, mlp: MLP, n_blocks: int) -> Reader:
         for i in range(n_blocks)
     )
     return Reader(site=site, norm=norm, blocks=blocks)
-
-
-def _through(W_ND: Tensor, b_N: Tensor | None, norm: Norm | None) -> tuple[Tensor, Tensor]:
-    """The map from the site, and what it adds whatever stands there; the norm folded in."""
-    W_DN, fixed_N = W_ND.T, W_ND.new_zeros(len(W_ND)) if b_N is None else b_N
-    if norm is not None:
-        if norm.bias_D is not None:
-            fixed_N = fixed_N + norm.bias_D @ W_DN
-        W_DN = norm.gain_D[:, None] * W_DN
-        if norm.kind == "layer":
-            W_DN = W_DN - W_DN.mean(0)  # taking the mean off a row is a linear map
-    return W_DN, fixed_N
 
 
 def _moved(norm: Norm, device: torch.device) -> Norm:

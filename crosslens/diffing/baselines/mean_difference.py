@@ -16,7 +16,7 @@ from torch import Tensor
 from crosslens.diffing.baselines.baseline import Baseline, from_rows
 from crosslens.diffing.baselines.lens import promoted
 from crosslens.diffing.baselines.moments import Moments
-from crosslens.diffing.intervals import wilson
+from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel
 from crosslens.organisms import Edits, behaviour_rate
 from crosslens.text.documents import Messages

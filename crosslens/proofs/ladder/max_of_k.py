@@ -90,7 +90,7 @@ def train(config: MaxOfK, said: Callable[[str], None]) -> dict[str, Tensor]:
         tokens = _batch(config, generator)
         loss = torch.nn.functional.cross_entropy(forward(weights, tokens), tokens.amax(1))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 500 == 0:

@@ -108,7 +108,7 @@ def train(config: ModularAddition, said: Callable[[str], None]) -> dict[str, Ten
         logits = forward(weights, data["points"])
         loss = torch.nn.functional.cross_entropy(logits, data["labels"])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 500 == 0:

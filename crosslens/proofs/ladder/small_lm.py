@@ -165,7 +165,7 @@ def train(config: SmallLM, text: Text, said: Callable[[str], None]) -> dict[str,
         logits = forward(weights, tokens)[0]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         if step % 250 == 0:

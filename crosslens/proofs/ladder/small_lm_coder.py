@@ -51,7 +51,7 @@ def train_coder(
         x_BX = (sample[:, at] * scale_P[:, None, None]).transpose(0, 1).flatten(1)
         loss = F.squared_error(x_BX, coder(x_BX))
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         optimizer.step()
         if step % 200 == 0:
             said(f"training the crosscoder: step {step}, loss {float(loss.detach()):.1f}")

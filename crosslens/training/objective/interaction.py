@@ -163,7 +163,7 @@ def _active(step: Pass, reader: Reader, neurons: Neurons, entries: _Entries) -> 
         moving_W = F.upcast(bias_D.to(neurons.through_DW.dtype) @ neurons.through_DW)
     writes_E = _writing(coder.wiring, reader.site).to(r_T.device)[entries.latent_E]
     token_E = entries.token_E[writes_E]
-    latent_U, place_E = entries.latent_E[writes_E].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    latent_U, place_E = torch.unique(entries.latent_E[writes_E], return_inverse=True)
     starts_I = starts_of(torch.bincount(token_E, minlength=len(r_T)))
     return Active(
         decoder_UD=_decoder_rows(step, reader.site, latent_U) / scale,
