@@ -26,9 +26,14 @@ from benchmarks.machine import machine
 from crosslens.activations import Source
 from crosslens.allocator import keep_freed_memory
 from crosslens.coder import Coder, load
-from crosslens.interactions.contributions import SiteChunk, effective, mlp_sites, site_chunks
-from crosslens.interactions.exact import SiteSums
-from crosslens.interactions.neurons import Additive
+from crosslens.interactions.neurons.contributions import (
+    SiteChunk,
+    effective,
+    mlp_sites,
+    site_chunks,
+)
+from crosslens.interactions.neurons.exact import SiteSums
+from crosslens.interactions.neurons.inputs import Additive
 from crosslens.lm import LanguageModel, open_models
 from crosslens.training import open_run, run_source
 

@@ -15,7 +15,7 @@ from crosslens.functional.blocks import split_rows
 from crosslens.functional.gathers import Lists, lists_of_mask
 from crosslens.functional.interaction_penalty import Active, Neurons, dominance, interaction_share
 from crosslens.functional.interactions import activation
-from crosslens.interactions.contributions import Effective, effective
+from crosslens.interactions.neurons.contributions import Effective, effective
 from crosslens.lm import LanguageModel, next_token_loss
 from crosslens.training.readers import Reader
 

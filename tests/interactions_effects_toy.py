@@ -10,10 +10,10 @@ import torch
 
 from crosslens.activations import Source, TokenPolicy
 from crosslens.coder import Coder, Layout
-from crosslens.interactions.contributions import effective, site_chunks
-from crosslens.interactions.effects import FIGURES, EffectPlan
-from crosslens.interactions.pair_table import Triplets
-from crosslens.interactions.pairs import PairPlan, measure_pairs
+from crosslens.interactions.effects.measure import FIGURES, EffectPlan
+from crosslens.interactions.neurons.contributions import effective, site_chunks
+from crosslens.interactions.pairs.measure import PairPlan, measure_pairs
+from crosslens.interactions.pairs.table import Triplets
 from crosslens.lm.model import LanguageModel
 from crosslens.text import Blocks
 from tests.interaction_sites import coder_at, model_of

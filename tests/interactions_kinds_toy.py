@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from crosslens.functional.gathers import Lists, starts_of
-from crosslens.interactions.contributions import Branch, Effective, SiteChunk
+from crosslens.interactions.neurons.contributions import Branch, Effective, SiteChunk
 from crosslens.lm.mlp import MLP, Norm
 
 NAME = "resid_mid.0"

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 
 from crosslens.functional.gathers import Lists, starts_of
-from crosslens.interactions.contributions import Branch, Effective, SiteChunk
+from crosslens.interactions.neurons.contributions import Branch, Effective, SiteChunk
 from crosslens.lm.mlp import MLP
 
 L, N, D = 8, 5, 4

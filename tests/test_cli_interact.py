@@ -16,7 +16,7 @@ from crosslens.cli import main
 from crosslens.coder import coder_hash, load
 from crosslens.diffing.tables import load_table
 from crosslens.explore import rewrite
-from crosslens.interactions.exact import interactions
+from crosslens.interactions.neurons.exact import interactions
 from crosslens.training import open_models, open_run, run_source
 from crosslens.training.run import first_blocks
 from tests.test_cli_commands import refused

@@ -19,7 +19,7 @@ from crosslens.explore.interact_read import Interacted, read_interact
 from crosslens.explore.interact_section import PARTNERS, partners, section
 from crosslens.explore.interact_tables import GLOSSARY, TOP, metric_rows
 from crosslens.explore.saved import Unreadable
-from crosslens.interactions.kinds import KINDS
+from crosslens.interactions.pairs.kinds import KINDS
 from crosslens.training import open_run
 from tests.explore_interacted import CHANGES, SITES, change, leave, toy
 from tests.explore_run import make_run

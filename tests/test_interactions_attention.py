@@ -8,11 +8,11 @@ from functools import cache
 import pytest
 import torch
 
-from crosslens.interactions.attention import Attention, AttentionPlan, attention
-from crosslens.interactions.attention_query import Query, drawn
-from crosslens.interactions.attention_sums import HEAD_SUMS, ORIGINS, PAIR_SUMS
-from crosslens.interactions.attention_tokens import Tokens, text_blocks
-from crosslens.interactions.attention_view import attention_sites, heads_view
+from crosslens.interactions.attention.measure import Attention, AttentionPlan, attention
+from crosslens.interactions.attention.query import Query, drawn
+from crosslens.interactions.attention.scores import HEAD_SUMS, ORIGINS, PAIR_SUMS
+from crosslens.interactions.attention.tokens import Tokens, text_blocks
+from crosslens.interactions.attention.view import attention_sites, heads_view
 from tests.attention_loops import CASES, PLAN, Truth, loops, source_of
 from tests.interaction_sites import coder_at
 from tests.test_interactions_exact import smollm2

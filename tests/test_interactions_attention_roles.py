@@ -13,23 +13,23 @@ import torch
 from crosslens.activations import TokenPolicy
 from crosslens.coder import Coder, Difference, Layout, ReLU
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.attention import AttentionPlan, attention, attention_sites
-from crosslens.interactions.attention_roles import (
+from crosslens.interactions.attention.measure import AttentionPlan, attention, attention_sites
+from crosslens.interactions.attention.roles import (
     chance_jaccard,
     key_overlap,
     paths,
     query_overlap,
     written_after,
 )
-from crosslens.interactions.attention_sums import (
+from crosslens.interactions.attention.scores import (
     HEAD_SUMS,
     ratio_interval,
     variation,
     variation_bound,
 )
-from crosslens.interactions.attention_usage import Usage
-from crosslens.interactions.attention_view import heads_view
-from crosslens.interactions.pair_intervals import mean_interval
+from crosslens.interactions.attention.usage import Usage
+from crosslens.interactions.attention.view import heads_view
+from crosslens.interactions.intervals import mean_interval
 from crosslens.text.blocks import Other
 from tests.attention_loops import CASES, PLAN, loops, source_of, turn
 from tests.interaction_sites import coder_at

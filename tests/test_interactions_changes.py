@@ -14,12 +14,12 @@ import torch
 from crosslens.activations import Source, TokenPolicy
 from crosslens.coder import Layout
 from crosslens.errors import UsageError
-from crosslens.interactions.changes import ChangePlan, Changes, changes
-from crosslens.interactions.changes_corners import CORNERS, ratios_interval
-from crosslens.interactions.contributions import effective, site_chunks
-from crosslens.interactions.pair_contexts import ContextPlan
-from crosslens.interactions.pair_intervals import mean_interval
-from crosslens.interactions.pairs import PairPlan, measure_pairs
+from crosslens.interactions.changes.corners import CORNERS, ratios_interval
+from crosslens.interactions.changes.measure import ChangePlan, Changes, changes
+from crosslens.interactions.intervals import mean_interval
+from crosslens.interactions.neurons.contributions import effective, site_chunks
+from crosslens.interactions.pairs.contexts import ContextPlan
+from crosslens.interactions.pairs.measure import PairPlan, measure_pairs
 from tests.interaction_sites import blocks, coder_at, model_of
 from tests.interactions_pairs_toy import (
     SITES,

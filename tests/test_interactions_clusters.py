@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.clusters import (
+from crosslens.interactions.clusters.agreement import adjusted_rand
+from crosslens.interactions.clusters.measure import (
     ClusterPlan,
     Edges,
     clusters,
     modularity,
     rewired,
 )
-from crosslens.interactions.clusters_agreement import adjusted_rand
-from crosslens.interactions.pair_table import Triplets
+from crosslens.interactions.pairs.table import Triplets
 
 Weighted = dict[tuple[int, int], float]
 

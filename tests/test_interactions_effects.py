@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.effects import FIGURES, EffectPlan, effects
-from crosslens.interactions.effects_runs import widened
+from crosslens.interactions.effects.measure import FIGURES, EffectPlan, effects
+from crosslens.interactions.effects.runs import widened
 from tests.interaction_sites import LATENTS, coder_at
 from tests.interactions_effects_toy import (
     PLAN,
@@ -139,7 +139,7 @@ def test_choice_follows_the_plan_and_the_seed():
 
 
 def test_blocks_are_spread_over_the_source():
-    from crosslens.interactions.effects import _spread
+    from crosslens.interactions.effects.measure import _spread
 
     source = source_of(tiny("llama"), "resid_post.0")
     few = _spread(source, 3 * T).blocks
@@ -151,7 +151,7 @@ def test_blocks_are_spread_over_the_source():
 
 def test_others_are_matched_in_how_often_they_meet():
     """Counts of 1 to 200: the top pairs meet often, so random ones do not and matched ones do."""
-    from crosslens.interactions.effects_choice import _at_site, _Pool
+    from crosslens.interactions.effects.choice import _at_site, _Pool
 
     keys = np.arange(400)
     pool = _Pool(keys, keys // 2 + 1)

@@ -11,8 +11,8 @@ import torch
 import transformers as hf
 
 from crosslens.coder import Coder, Crosscoder, Layout, ReLU
-from crosslens.interactions.effects import EffectPlan, Effects, effects
-from crosslens.interactions.pair_table import Triplets
+from crosslens.interactions.effects.measure import EffectPlan, Effects, effects
+from crosslens.interactions.pairs.table import Triplets
 from crosslens.lm.model import LanguageModel
 from crosslens.text import Blocks
 from tests.interactions_effects_toy import T, many_blocks, mean, source_of, table_of

@@ -14,8 +14,13 @@ from crosslens.coder import (
     ReLU,
     fold,
 )
-from crosslens.interactions.contributions import SiteChunk, effective, mlp_sites, site_chunks
-from crosslens.interactions.exact import SiteInteraction, SiteSums, interactions
+from crosslens.interactions.neurons.contributions import (
+    SiteChunk,
+    effective,
+    mlp_sites,
+    site_chunks,
+)
+from crosslens.interactions.neurons.exact import SiteInteraction, SiteSums, interactions
 from crosslens.kernels import bag_sum
 from crosslens.lm import ModelSpec, open_model
 from crosslens.lm.builtin import BUILT_IN
@@ -142,9 +147,9 @@ def test_tokens_and_documents_are_the_loop(name):
 
 def test_cutting_the_tokens_otherwise_changes_nothing(monkeypatch):
     whole = measured("llama")
-    monkeypatch.setattr("crosslens.interactions.exact.AT_ONCE", {"cpu": 100})
-    monkeypatch.setattr("crosslens.interactions.exact.PRODUCTS", 200)
-    monkeypatch.setattr("crosslens.interactions.entries.AT_ONCE", 150)
+    monkeypatch.setattr("crosslens.interactions.neurons.exact.AT_ONCE", {"cpu": 100})
+    monkeypatch.setattr("crosslens.interactions.neurons.exact.PRODUCTS", 200)
+    monkeypatch.setattr("crosslens.interactions.neurons.entries.AT_ONCE", 150)
     for additive in ("series", "exact"):
         for found in (measured("llama", per_chunk=1), measured("llama", additive=additive)):
             close(found.interaction_N, whole.interaction_N)
@@ -168,7 +173,7 @@ def test_entry_by_entry_is_the_loop_and_within_the_slack_of_the_series(name):
 @pytest.mark.parametrize("reach", [0.05, 1.0])
 def test_entries_beyond_the_series_are_computed(reach, monkeypatch):
     """With a reach that some, or nearly all, exceed."""
-    monkeypatch.setattr("crosslens.interactions.neurons.SERIES_REACH", reach)
+    monkeypatch.setattr("crosslens.interactions.neurons.inputs.SERIES_REACH", reach)
     for name in ("llama", "gpt2"):
         close(measured(name).interaction_N, truth(name)["interaction"])
 

@@ -11,8 +11,8 @@ import transformers as hf
 from crosslens.activations import TokenPolicy
 from crosslens.coder import AbsTopK, Coder, Difference, LayerConditioned, Layout, ReLU, Transcoder
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.contributions import effective, mlp_sites
-from crosslens.interactions.exact import interactions
+from crosslens.interactions.neurons.contributions import effective, mlp_sites
+from crosslens.interactions.neurons.exact import interactions
 from tests.interaction_sites import blocks, coder_at, source_at
 from tests.test_lm_families import _GROUPED, WIDTH, tiny, wrapped
 

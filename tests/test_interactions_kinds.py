@@ -13,8 +13,10 @@ import torch
 
 from crosslens.errors import UsageError
 from crosslens.functional.interactions import activation
-from crosslens.interactions.contributions import Effective, effective, site_chunks
-from crosslens.interactions.kinds import (
+from crosslens.interactions.intervals import mean_interval
+from crosslens.interactions.neurons.contributions import Effective, effective, site_chunks
+from crosslens.interactions.pairs.contexts import ContextPlan
+from crosslens.interactions.pairs.kinds import (
     KINDS,
     KindPlan,
     alike,
@@ -22,11 +24,9 @@ from crosslens.interactions.kinds import (
     by_kind,
     kinds,
 )
-from crosslens.interactions.kinds_signatures import SIGNATURE, SORTS, dealt, signatures, sorted_out
-from crosslens.interactions.pair_contexts import ContextPlan
-from crosslens.interactions.pair_intervals import mean_interval
-from crosslens.interactions.pair_table import Triplets
-from crosslens.interactions.pairs import PairPlan, measure_pairs
+from crosslens.interactions.pairs.measure import PairPlan, measure_pairs
+from crosslens.interactions.pairs.signatures import SIGNATURE, SORTS, dealt, signatures, sorted_out
+from crosslens.interactions.pairs.table import Triplets
 from tests.interaction_sites import CASES, coder_at, model_of, source_at
 from tests.interactions_kinds_toy import NAME, Planted, planted, with_norm
 from tests.interactions_pairs_toy import (

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from crosslens.errors import UsageError
 from crosslens.functional import pairs as F
-from crosslens.interactions.pair_contexts import ContextPlan
-from crosslens.interactions.pair_intervals import mean_interval
-from crosslens.interactions.pair_sums import Gathering, Sums, cut, fresh, merged, places
-from crosslens.interactions.pair_table import Triplets
-from crosslens.interactions.pairs import PairPlan, Pairs, candidates, measure_pairs
+from crosslens.interactions.intervals import mean_interval
+from crosslens.interactions.pairs.contexts import ContextPlan
+from crosslens.interactions.pairs.measure import PairPlan, Pairs, candidates, measure_pairs
+from crosslens.interactions.pairs.table import Triplets
+from crosslens.interactions.sums import Gathering, Sums, cut, fresh, merged, places
 from tests.interactions_pairs_toy import SITES, L, chunk, codes, site
 
 

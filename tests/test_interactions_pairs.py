@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from crosslens.errors import CrosslensError
-from crosslens.interactions.pair_blocks import pair_index
-from crosslens.interactions.pair_contexts import (
+from crosslens.interactions.pairs.blocks import pair_index
+from crosslens.interactions.pairs.contexts import (
     IN_CONTEXT,
     ContextPlan,
     InContext,
     Wanted,
     measure_in_context,
 )
-from crosslens.interactions.pair_totals import Met, meet
+from crosslens.interactions.pairs.totals import Met, meet
 from tests.interactions_pairs_toy import (
     SITES,
     L,

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from crosslens.diffing.resampling import draws
 from crosslens.errors import UsageError
-from crosslens.interactions.effects import FIGURES, Effects
-from crosslens.interactions.effects_choice import Chosen
-from crosslens.interactions.effects_runs import Summed
-from crosslens.interactions.effects_statistics import compared, correlated, rank_correlation
-from crosslens.interactions.pair_table import Triplets
-from crosslens.interactions.prediction import BASELINES, metrics, prediction
+from crosslens.interactions.effects.choice import Chosen
+from crosslens.interactions.effects.measure import FIGURES, Effects
+from crosslens.interactions.effects.prediction import BASELINES, metrics, prediction
+from crosslens.interactions.effects.runs import Summed
+from crosslens.interactions.effects.statistics import compared, correlated, rank_correlation
+from crosslens.interactions.pairs.table import Triplets
 
 NUMBERS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=5, max_size=12)
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.contributions import Effective
-from crosslens.interactions.pair_bounds import (
+from crosslens.interactions.neurons.contributions import Effective
+from crosslens.interactions.pairs.bounds import (
     bounds_of,
     bounds_of_many,
     own_bounds,
     product_strengths,
 )
-from crosslens.interactions.pair_sums import fresh
-from crosslens.interactions.pair_totals import meet
-from crosslens.interactions.screen import ScreenPlan, screen, weighed
+from crosslens.interactions.pairs.screen import ScreenPlan, screen, weighed
+from crosslens.interactions.pairs.totals import meet
+from crosslens.interactions.sums import fresh
 from tests.interactions_pairs_toy import SITES, L, chunk, codes, site
 
 MANY = 23

@@ -15,16 +15,16 @@ from crosslens.coder import JumpReLU, TopK
 from crosslens.diffing.tables import load_table
 from crosslens.errors import CrosslensError, UsageError
 from crosslens.interactions import PARTS, InteractPlan, interact, parse_parts
-from crosslens.interactions.contributions import effective, site_chunks
-from crosslens.interactions.effects import EffectPlan
-from crosslens.interactions.exact import interactions
-from crosslens.interactions.pair_contexts import ContextPlan
-from crosslens.interactions.pairs import PairPlan, measure_pairs
-from crosslens.interactions.study import Interactions
-from crosslens.interactions.study_sites import chosen_models, chosen_sites
-from crosslens.interactions.study_triplets import halves_of, triplets_at
-from crosslens.interactions.study_walk import STAGES, Walks
-from crosslens.interactions.tables import plain, save, tables
+from crosslens.interactions.effects.measure import EffectPlan
+from crosslens.interactions.neurons.contributions import effective, site_chunks
+from crosslens.interactions.neurons.exact import interactions
+from crosslens.interactions.pairs.contexts import ContextPlan
+from crosslens.interactions.pairs.measure import PairPlan, measure_pairs
+from crosslens.interactions.study.measure import Interactions
+from crosslens.interactions.study.sites import chosen_models, chosen_sites
+from crosslens.interactions.study.tables import plain, save, tables
+from crosslens.interactions.study.triplets import halves_of, triplets_at
+from crosslens.interactions.study.walk import STAGES, Walks
 from tests.interaction_sites import coder_at, model_of, source_at
 from tests.test_lm_families import tiny
 

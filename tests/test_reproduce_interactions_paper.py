@@ -11,7 +11,7 @@ import torch
 
 from crosslens.coder import load
 from crosslens.errors import UsageError
-from crosslens.interactions import contributions
+from crosslens.interactions.neurons import contributions
 from crosslens.lm import next_token_loss
 from crosslens.training import Interaction, create_run, open_models, train
 from reproduce import interactions_paper

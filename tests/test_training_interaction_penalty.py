@@ -24,7 +24,7 @@ from crosslens.coder import (
 from crosslens.config import from_plain, to_plain
 from crosslens.errors import Interrupted, UsageError
 from crosslens.functional.interaction_penalty import Neurons
-from crosslens.interactions.effective import effective
+from crosslens.interactions.neurons.effective import effective
 from crosslens.training import (
     CoderConfig,
     FitConfig,

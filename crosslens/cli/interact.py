@@ -15,7 +15,7 @@ from crosslens.cli.console import number, print_json
 from crosslens.cli.stages import Stages
 from crosslens.explore import rewrite
 from crosslens.interactions import InteractPlan, interact_run, parse_parts
-from crosslens.interactions.pair_table import Order
+from crosslens.interactions.pairs.table import Order
 from crosslens.training import open_run
 
 SHOWN = 12

@@ -11,7 +11,7 @@ from torch import Tensor
 from crosslens.activations import Source
 from crosslens.coder import Coder, all_rows
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.interactions.effective import Effective, effective, mlp_sites
+from crosslens.interactions.neurons.effective import Effective, effective, mlp_sites
 from crosslens.lm import LanguageModel
 from crosslens.lm.mlp import MLP, Norm
 from crosslens.proofs.lemmas.neurons import KINDS

@@ -1,0 +1,1 @@
+"""Pairs of latents across positions: queries with keys, and where values go."""

@@ -1,0 +1,1 @@
+"""Triplets in two models: which changed, and through what."""

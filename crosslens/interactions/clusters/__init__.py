@@ -1,0 +1,1 @@
+"""Latents that interact mostly among themselves."""

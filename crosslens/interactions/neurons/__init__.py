@@ -1,0 +1,1 @@
+"""What every latent contributes to every neuron, and the exact interaction there."""
