@@ -41,6 +41,13 @@ ROOMS = [
 ]
 """Each may import those before it, and itself."""
 
+INTERACTIONS = [
+    *("sums", "intervals", "neurons", "pairs"),
+    *("attention", "effects", "changes", "clusters"),
+    "study",
+]
+"""The rooms within that one, likewise."""
+
 OUTSIDE = {"__init__", "__main__"}
 """The doors of the package: they may look into any room."""
 
@@ -70,26 +77,33 @@ def imported(file: Path, package: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, name
 
 
-def wrong_ways(package: Path) -> list[str]:
-    """Imports that point down, from one room into another that comes after it."""
+def wrong_ways(package: Path, within: str = "", rooms: list[str] = ROOMS) -> list[str]:
+    """Imports that point down, from one room into another that comes after it: of the package, or
+    of those `within` one of its rooms."""
     found = []
-    for file in sorted(package.rglob("*.py")):
-        room = room_of(file, package)
+    house = (package.name, *within.split())
+    for file in sorted((package / within).rglob("*.py")):
+        room = room_of(file, package / within)
         if room in OUTSIDE:
             continue
-        if room not in ROOMS:
+        if room not in rooms:
             found.append(f"{room}: a room that is not in the list")
             continue
-        above = ROOMS[: ROOMS.index(room) + 1]
+        above = rooms[: rooms.index(room) + 1]
         for line, name in imported(file, package):
-            parts = name.split(".")
-            if parts[0] == package.name and name not in FREE and [*parts, ""][1] not in above:
+            parts = (*name.split("."), "")
+            inside = parts[: len(house)] == house and name not in FREE
+            if inside and parts[len(house)] not in above:
                 found.append(f"{file.relative_to(package)}:{line} imports {name}")
     return found
 
 
 def test_imports_point_one_way() -> None:
     assert wrong_ways(PACKAGE) == []
+
+
+def test_imports_within_interactions_point_one_way() -> None:
+    assert wrong_ways(PACKAGE, "interactions", INTERACTIONS) == []
 
 
 @pytest.mark.parametrize(
