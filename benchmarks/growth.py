@@ -1,6 +1,6 @@
 """How crosslens's training step grows: with latents, with sites, with the batch.
 
-python benchmarks/growth.py [--json] [--sweeps latents_1,sites] [--memory-gb 20]
+python benchmarks/growth.py [--json] [--sweeps latents_1,sites] [--memory-gb 20] [--half]
 
 Every point is a process of its own. What it will take is predicted from the two points before it,
 memory being linear in each of these sizes, and a point that does not fit is told of, not run. The
@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.arena import GB, Arena, Result, likely_bytes
 from benchmarks.machine import machine
+from benchmarks.ours import HALF
 from benchmarks.roofline import ADAM, COPIED
 from benchmarks.task import SHAPES, Shape
 from benchmarks.train_step import COPY, OURS, PRODUCT, names, rates, tell
@@ -58,6 +59,7 @@ def predicted(shape: Shape, size: int, seen: Sequence[Seen]) -> float:
 def sweep(name: str, asked: argparse.Namespace, bandwidth: float) -> Iterator[Found]:
     """The points of one sweep, smallest first."""
     grows, shapes = SWEEPS[name]
+    contestant = replace(OURS, setting=HALF) if asked.half else OURS
     seen: list[Seen] = []
     for shape in shapes:
         size = getattr(shape, grows)
@@ -68,9 +70,9 @@ def sweep(name: str, asked: argparse.Namespace, bandwidth: float) -> Iterator[Fo
             yield {**point, "reason": f"predicted to take {needs / GB:.1f} GB, {limit}"}
             continue
         tell(f"{name}: {shape}, batch {shape.batch}")
-        arena = Arena([OURS, PRODUCT], shape, asked.memory_gb * GB, likely=needs)
+        arena = Arena([contestant, PRODUCT], shape, asked.memory_gb * GB, likely=needs)
         arena.compete(asked.repeats, 1, lambda _: None)
-        ours = arena.results[OURS]
+        ours = arena.results[contestant]
         if ours.reason is None:
             seen.append(Seen(size, ours.whole_peak_bytes))
         yield {**point, **_figures(shape, ours, arena.results[PRODUCT], bandwidth)}
@@ -123,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sweeps", type=names(SWEEPS), default=list(SWEEPS), metavar="A,B")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--memory-gb", type=float, default=20.0, help="for one process")
+    parser.add_argument("--half", action="store_true", help="Adam's moments in bfloat16")
     asked = parser.parse_args(argv)
     bandwidth = copy_bandwidth(asked.repeats)
     found = {name: list(sweep(name, asked, bandwidth)) for name in asked.sweeps}

@@ -52,11 +52,16 @@ def layout_of(shape: Shape) -> Layout:
     return Layout(names, (shape.width,) * shape.sites)
 
 
-def config_of(shape: Shape, dtype: str) -> TrainConfig:
+HALF = "bfloat16 with moments in it"
+"""The setting in which what Adam keeps is bfloat16, too."""
+
+
+def config_of(shape: Shape, setting: str) -> TrainConfig:
     """A training that never ends, logs or saves."""
+    dtype = "bfloat16" if setting == HALF else setting
     return TrainConfig(
         coder=CoderConfig(latents=shape.latents, activation=BatchTopK(k=shape.k)),
-        optimizer=Adam(warmup=0),
+        optimizer=Adam(warmup=0, moments="bfloat16" if setting == HALF else "float32"),
         fit=FitConfig(
             steps=NEVER,
             batch=shape.batch,

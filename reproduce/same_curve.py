@@ -1,10 +1,11 @@
-"""The fast training step and the float32 reference on the demo's data: one curve or two?
+"""The demo's training in other forms than the float32 reference: one curve or several?
 
     python -m reproduce.same_curve [--work runs/same_curve] [--out docs/results] [--steps 440]
 
-Trains the demo's coder with the same seed and rows, once with whole codes in float32 (what the
-equations say, step by step) and once as `crosslens demo` does, and compares the FVU on held-out
-rows. A run that is there already is not done again; one that was stopped is gone on with.
+Trains the demo's coder on the same rows with whole codes in float32 (what the equations say, step
+by step), as `crosslens demo` does, so with Adam's moments in bfloat16, and with another seed, as a
+measure of what chance does; and compares the FVU on held-out rows. A run that is there already is
+not done again; one that was stopped is gone on with.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ from crosslens.lm import ModelSpec
 from crosslens.storage import save_json
 from crosslens.training import TrainConfig, create_run, open_models, open_run, train
 
+FAST = {"fit.dtype": "bfloat16", "fit.sparse_below": 1.0}
 FORMS: Mapping[str, Mapping[str, Any]] = {
-    "reference": {"dtype": "float32", "sparse_below": 0.0},
-    "fast": {"dtype": "bfloat16", "sparse_below": 1.0},
+    "reference": {"fit.dtype": "float32", "fit.sparse_below": 0.0},
+    "fast": FAST,
+    "bfloat16 moments": {**FAST, "optimizer.moments": "bfloat16"},
+    "another seed": {**FAST, "seed": 1},
 }
-"""Whole codes in float32; entries only in bfloat16."""
+"""Whole codes in float32; entries only in bfloat16; and two variants of that."""
 Curve = dict[int, float]
 """Step → FVU on held-out rows."""
 
@@ -38,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     curves, seconds = {}, {}
     for name, form in FORMS.items():
         config = config_of(form, asked)
-        folder = asked.fast if name == "fast" and asked.fast else asked.work / name
+        folder = asked.work / name.replace(" ", "-")
         run = open_run(folder) if (folder / "run.json").is_file() else create_run(folder, config)
         if not run.finished:
             train(run, open_models(config), report=lambda *_: None)
@@ -52,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("runs/same_curve"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    parser.add_argument("--fast", type=Path, help="a run of crosslens demo, if there is one")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tokens", type=int, default=CONFIG.text.tokens)
     parser.add_argument("--chat", default="template", help="plain: for a model without template")
@@ -66,25 +69,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def config_of(form: Mapping[str, Any], asked: argparse.Namespace) -> TrainConfig:
-    """The demo's configuration in one of the two forms."""
+    """The demo's configuration in one of the forms."""
     every = min(CONFIG.fit.heldout_every, max(1, asked.steps // 3))
-    fit = replace(CONFIG.fit, steps=asked.steps, batch=asked.batch, heldout_every=every, **form)
     corpora = {name: replace(c, chat=asked.chat) for name, c in CONFIG.text.corpora.items()}
     sizes = {"tokens": asked.tokens, "heldout": asked.heldout, "block": asked.block}
-    text = replace(CONFIG.text, corpora=corpora, **sizes)
-    return replace(
+    config = replace(
         CONFIG,
         models={"base": ModelSpec(path=asked.model)},
         sites=tuple(asked.sites),
-        text=text,
+        text=replace(CONFIG.text, corpora=corpora, **sizes),
         coder=replace(CONFIG.coder, latents=asked.latents),
-        fit=fit,
+        fit=replace(CONFIG.fit, steps=asked.steps, batch=asked.batch, heldout_every=every),
     )
+    for key, value in form.items():
+        slot, _, name = key.rpartition(".")
+        part = replace(getattr(config, slot), **{name: value}) if slot else value
+        config = replace(config, **{slot or name: part})
+    return config
 
 
-def widest_gap(curves: Mapping[str, Curve]) -> tuple[int, float]:
-    """The step at which the two are furthest apart, and how far (fast − reference)."""
-    gaps = {step: curves["fast"][step] - fvu for step, fvu in curves["reference"].items()}
+def widest_gap(curves: Mapping[str, Curve], name: str) -> tuple[int, float]:
+    """The step at which a form is furthest from the reference, and how far."""
+    gaps = {step: curves[name][step] - fvu for step, fvu in curves["reference"].items()}
     step = max(gaps, key=lambda each: abs(gaps[each]))
     return step, gaps[step]
 
@@ -96,27 +102,30 @@ def write_page(
     facts: Mapping[str, Any],
 ) -> None:
     """`same_curve.md` and `same_curve.json`."""
-    step, gap = widest_gap(curves)
-    last = max(curves["reference"])
+    others = [name for name in curves if name != "reference"]
     rows = [
-        f"| {at} | {fvu:.4f} | {curves['fast'][at]:.4f} | {curves['fast'][at] - fvu:+.4f} |"
+        f"| {at} | {fvu:.4f} | "
+        + " | ".join(f"{curves[name][at]:.4f} ({curves[name][at] - fvu:+.4f})" for name in others)
+        + " |"
         for at, fvu in curves["reference"].items()
     ]
+    widest = [(name, *widest_gap(curves, name)) for name in others]
     lines = [
         "# The fast step and the reference: one curve",
         "",
         f"Made by `python -m reproduce.same_curve --steps {facts['steps']} --tokens "
         f"{facts['tokens']}` with torch {facts['torch']} on {facts['threads']} thread(s) "
-        f"({facts['cpu']}). The demo's coder, one seed, the same rows in the same order. "
-        "Reference: whole codes, float32. Fast: entries only, bfloat16 products.",
+        f"({facts['cpu']}). The demo's coder, the same rows in the same order, but in the last "
+        "column, which has another seed. Reference: whole codes, float32. Fast: entries only, "
+        "bfloat16 products. FVU on held-out rows, and its difference from the reference.",
         "",
-        "| step | reference FVU | fast FVU | difference |",
-        "| ---: | ---: | ---: | ---: |",
+        f"| step | reference | {' | '.join(others)} |",
+        f"| ---: | ---: |{' ---: |' * len(others)}",
         *rows,
         "",
-        f"At the end the difference is {curves['fast'][last] - curves['reference'][last]:+.4f}; "
-        f"the widest is {gap:+.4f}, at step {step}. With harvest and start the reference took "
-        f"{seconds['reference']:.0f} s and the fast run {seconds['fast']:.0f} s.",
+        f"Widest: {'; '.join(f'{name} {gap:+.4f} at step {at}' for name, at, gap in widest)}. "
+        "With harvest and start: "
+        f"{', '.join(f'{name} {taken:.0f} s' for name, taken in seconds.items())}.",
         "",
     ]
     out.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import end_to_end, growth, run_all
+from benchmarks import end_to_end, growth, ours, run_all
 from benchmarks.arena import GB, ROOT, likely_bytes
 from benchmarks.growth import MARGIN, SWEEPS, Seen, predicted
 from benchmarks.page import page
@@ -34,7 +34,7 @@ def test_memory_is_predicted_from_the_two_points_before():
 
 
 def test_points_that_do_not_fit_are_told_of_and_not_run():
-    asked = argparse.Namespace(memory_gb=0.1, repeats=1)
+    asked = argparse.Namespace(memory_gb=0.1, repeats=1, half=False)
     points = list(growth.sweep("latents_1", asked, bandwidth=1.0))
     assert [point["latents"] for point in points][-1] == 262_144
     assert all("--memory-gb is 0.1" in point["reason"] for point in points)
@@ -179,3 +179,10 @@ def test_the_extra_names_the_peers_that_are_pinned():
     pinned = {line for line in lines if line and not line.startswith("#")}
     assert {line for line in extra if "==" in line} <= pinned
     assert all("==" in line for line in pinned)
+
+
+def test_half_of_the_moments_is_a_setting():
+    shape = SHAPES["demo"]
+    for setting, moments in (("bfloat16", "float32"), (ours.HALF, "bfloat16")):
+        config = ours.config_of(shape, setting)
+        assert (config.fit.dtype, config.optimizer.moments) == ("bfloat16", moments)

@@ -13,7 +13,7 @@ from tests.kernel_forms import HAS_TRITON
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no triton")
 
 POINTERS = {"starts": "i64", "index": "i32", "seen": "i32", "counts": "i64"}
-WHOLE = ("width", "k", "step")
+WHOLE = {"width": "i32", "k": "i32", "step": "i32", "salt": "i64"}
 REAL = ("lr", "fresh1", "fresh2", "beta2", "log2_beta2", "over", "eps")
 FIXED = {"PAIRS": 8, "COLUMNS": 64, "SPAN": 128, "SHIFT": 16}
 VARIANTS = {
@@ -23,6 +23,7 @@ VARIANTS = {
     "adam_rows": [
         {"seen": None, "PROJECTED": True},
         {"mean": None, "copy": None, "PROJECTED": False, "step": 1, "width": 1},
+        {"mean": "bf16", "square": "bf16", "seen": None, "PROJECTED": True},
     ],
     "largest": [
         {"ABSOLUTE": False, "POSITIVE": True, "out": "i32"},
@@ -57,7 +58,7 @@ def compiled(monkeypatch, tmp_path):
             if argument in known:
                 signature[argument], constants[(place,)] = "constexpr", known[argument]
             elif argument in WHOLE or argument in REAL:
-                signature[argument] = "i32" if argument in WHOLE else "fp32"
+                signature[argument] = WHOLE.get(argument, "fp32")
             else:
                 signature[argument] = "*" + given.get(argument, POINTERS.get(argument, "fp32"))
         source = ASTSource(program, signature, constants)

@@ -34,8 +34,13 @@ KINDS = [
     SignSGD(lr=1e-2, warmup=0),
     Muon(lr=1e-2, warmup=0),
     Muon(lr=1e-2, beta1=0.0, warmup=0),
+    Adam(lr=1e-2, moments="bfloat16", warmup=0),
+    Adam(lr=1e-2, beta1=0.0, moments="bfloat16", warmup=0),
 ]
-IDS = ["adam", "adam without moment", "sign", "muon", "muon without moment"]
+IDS = [
+    *("adam", "adam without moment", "sign", "muon", "muon without moment"),
+    *("adam in half", "adam without moment in half"),
+]
 
 
 def tiny_coder(wiring=None, activation=None) -> Coder:
@@ -95,6 +100,32 @@ def test_adam_itself_is_torchs():
         theirs.zero_grad()
     for found, wanted in zip(coder.parameters(), twin.parameters(), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_moments_in_half_are_torchs_but_for_rounding(beta1):
+    coder = tiny_coder()
+    twin = copy.deepcopy(coder)
+    mine = new_optimizer(coder, Adam(lr=1e-3, beta1=beta1, moments="bfloat16"))
+    theirs = torch.optim.Adam(twin.parameters(), lr=1e-3, betas=(beta1, 0.999), eps=6.25e-10)
+    started = [p.detach().clone() for p in coder.parameters()]
+    for step in range(40):
+        push(coder, mine, step)
+        x = torch.randn(8, 10, generator=seeded(step))
+        y = torch.randn(8, 10, generator=seeded(step + 10**6))
+        shown = train_pass(twin, Rows(x, y))
+        (shown.target_BY - shown.recon_BY).square().sum(-1).mean().backward()
+        theirs.step()
+        theirs.zero_grad()
+    for found, wanted, start in zip(coder.parameters(), twin.parameters(), started, strict=True):
+        moved = (wanted - start).norm()
+        assert (found - wanted).norm() < 0.02 * moved
+        assert moved > 0
+    kept = mine.tensors()
+    for name in ("exp_avg_sq", *(["exp_avg"] if beta1 else [])):
+        formats = [value.dtype for key, value in kept.items() if key.endswith(f".{name}")]
+        assert formats.count(torch.bfloat16) == 2, "of both matrices"
+        assert formats.count(torch.float32) == len(formats) - 2
 
 
 def test_schedule_free_sign_is_the_loop_of_its_equation():

@@ -99,6 +99,7 @@ def size_on_disk(folder: Path) -> int:
         (Adam(warmup=2), {}),
         (Adam(warmup=2), {"steps": 8}),
         (Adam(warmup=2, beta1=0.0), {"steps": 12}),
+        (Adam(warmup=2, moments="bfloat16"), {"steps": 12}),
         (Muon(warmup=2), {"steps": 12}),
     ],
 )

@@ -9,7 +9,7 @@ from crosslens.training import open_run
 from reproduce import same_curve
 
 
-def test_the_two_forms_are_compared(tiny_model_folder, tmp_path, capsys):
+def test_the_forms_are_compared(tiny_model_folder, tmp_path, capsys):
     arguments = [
         "--work", str(tmp_path / "runs"), "--out", str(tmp_path / "results"),
         "--model", str(tiny_model_folder), "--tokens", "2000", "--heldout", "300",
@@ -22,10 +22,15 @@ def test_the_two_forms_are_compared(tiny_model_folder, tmp_path, capsys):
     assert reference.keys() == fast.keys()
     assert reference["30"] == pytest.approx(fast["30"], abs=0.02)
     assert reference != fast
+    half, seeded = found["curves"]["bfloat16 moments"], found["curves"]["another seed"]
+    assert fast != half != seeded
     config = open_run(tmp_path / "runs" / "reference").config()
     assert (config.fit.dtype, config.fit.sparse_below) == ("float32", 0.0)
+    config = open_run(tmp_path / "runs" / "bfloat16-moments").config()
+    assert config.optimizer.moments == "bfloat16"
     page = (tmp_path / "results" / "same_curve.md").read_text()
-    assert f"| 30 | {reference['30']:.4f} | {fast['30']:.4f} |" in page
+    apart = fast["30"] - reference["30"]
+    assert f"| 30 | {reference['30']:.4f} | {fast['30']:.4f} ({apart:+.4f}) |" in page
     capsys.readouterr()
     same_curve.main(arguments)  # done before: nothing is trained, the page is the same
     assert (tmp_path / "results" / "same_curve.md").read_text() == page
@@ -33,4 +38,4 @@ def test_the_two_forms_are_compared(tiny_model_folder, tmp_path, capsys):
 
 def test_the_widest_gap_has_its_sign():
     curves = {"reference": {1: 0.5, 2: 0.4}, "fast": {1: 0.51, 2: 0.37}}
-    assert same_curve.widest_gap(curves) == (2, pytest.approx(-0.03))
+    assert same_curve.widest_gap(curves, "fast") == (2, pytest.approx(-0.03))

@@ -44,8 +44,14 @@ def test_every_scheme_trains_alike(name):
 
 @pytest.mark.parametrize(
     "optimizer",
-    [Adam(), Adam(beta1=0.0), Adam(clip=None), Adam(clip=1e-3), SignSGD(), Muon()],
-    ids=["adam", "no first moment", "unclipped", "clipped", "sign", "muon"],
+    [
+        *(Adam(), Adam(beta1=0.0), Adam(clip=None), Adam(clip=1e-3), SignSGD(), Muon()),
+        *(Adam(moments="bfloat16"), Adam(beta1=0.0, moments="bfloat16")),
+    ],
+    ids=[
+        *("adam", "no first moment", "unclipped", "clipped", "sign", "muon"),
+        *("in half", "no first moment, in half"),
+    ],
 )
 @pytest.mark.parametrize("unit_norm", [False, True])
 def test_every_optimiser_steps_alike(optimizer, unit_norm):
@@ -152,7 +158,11 @@ def test_a_code_turns_sparse_once_few_entries_are_left(name):
 @pytest.mark.parametrize(
     "name", ["topk_sae", "batchtopk_diff", "clt_topk", "gated_sae", "jumprelu_l0", "l1_crosscoder"]
 )
-@pytest.mark.parametrize("optimizer", [Adam(), Adam(beta1=0.0), Muon()], ids=["", "one", "muon"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(), Adam(beta1=0.0), Muon(), Adam(moments="bfloat16")],
+    ids=["", "one", "muon", "half"],
+)
 def test_the_copies_are_the_weights(name, below, optimizer):
     """After steps of torch's optimisers, which do not all tell that they changed the weights;
     after steps that wrote weights and copies together; and after the weights alone were changed."""
@@ -167,7 +177,11 @@ def test_the_copies_are_the_weights(name, below, optimizer):
         assert torch.equal(state.coder.copies.of(weights, torch.bfloat16), weights.bfloat16())
 
 
-@pytest.mark.parametrize("optimizer", [Adam(), Adam(beta1=0.0)], ids=["adam", "no first moment"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [Adam(), Adam(beta1=0.0), Adam(moments="bfloat16"), Adam(beta1=0.0, moments="bfloat16")],
+    ids=["adam", "no first moment", "in half", "no first moment, in half"],
+)
 @pytest.mark.parametrize("name", ["topk_sae", "gated_sae", "jumprelu_l0"])
 def test_whole_and_sparse_steps_can_take_turns(name, optimizer):
     """Rows that sparse steps left alone have their decay made up for."""

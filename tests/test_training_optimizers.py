@@ -69,6 +69,7 @@ JUMP = CoderConfig(
 )  # fmt: skip
 CASES = {
     "adam without moment": (TOPK, Adam(beta1=0.0, warmup=3, rise="cosine"), 0),
+    "adam in half": (TOPK, Adam(moments="bfloat16", warmup=3), 0),
     "sign, resampled": (replace(TOPK, activation=BatchTopK(k=1)), SignSGD(warmup=3), 5),
     "muon, unit norm": (replace(TOPK, unit_norm=True, center=True), Muon(warmup=3), 0),
     "adam, unit norm, resampled": (
@@ -209,6 +210,8 @@ def test_a_run_with_a_skip_starts_writing_the_mean(tiny_model_folder, tmp_path):
     [
         (Adam(decay="12 steps"), 2),
         (Adam(beta1=0.0), 1),
+        (Adam(moments="bfloat16"), 1),
+        (Adam(beta1=0.0, moments="bfloat16"), 0.5),
         (SignSGD(warmup="64 tokens"), 1),
         (Muon(), 1),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from crosslens.functional.gathers import Lists, bag_sum
@@ -42,7 +43,8 @@ class AdamRows:
 
     weights_LX: Tensor
     mean_LX: Tensor | None
-    """First moment; None with beta1 = 0, where it is the gradient itself."""
+    """First moment; None with beta1 = 0, where it is the gradient itself. Like the second in the
+    weights' format, or in bfloat16, then rounded as `rounded` says."""
     square_LX: Tensor
     seen_L: Tensor | None
     """int32, with beta1 = 0: the step at which each row was last touched. A row without gradient
@@ -67,13 +69,52 @@ def row_squares(gradient: RowGradient, project_on_LX: Tensor | None = None) -> T
     return sum_LX.square().sum(-1)
 
 
-@torch.no_grad()
+def rounded(value_RX: Tensor, row_R: Tensor, step: int, bits: int = 0) -> Tensor:
+    """bfloat16 of float32, up or down at random with the chances that keep the mean (Gupta et al.
+    2015). To the nearest, a moment that changes by less than 1/256 of itself a step would stay.
+
+    What is drawn depends on row, column and step alone, so that training goes on to the bit.
+
+    Args:
+        row_R: the number of each row in its matrix.
+        bits: which of a hash's two halves is used: 0 or 16.
+    """
+    width = value_RX.shape[1]
+    place_RX = row_R[:, None] * width + torch.arange(width, device=value_RX.device)
+    hash_RX = (place_RX + salt(step)) & _WORD
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):  # Wellons's lowbias32
+        hash_RX = (hash_RX ^ (hash_RX >> shift)) * factor & _WORD
+    hash_RX = hash_RX ^ (hash_RX >> 16)
+    known_RX = value_RX.contiguous().view(torch.int32)
+    drawn_RX = known_RX + ((hash_RX >> bits) & 0xFFFF).int()
+    drawn_RX = (drawn_RX & -0x10000).view(torch.float32)
+    return torch.where(value_RX.isfinite(), drawn_RX, value_RX).to(torch.bfloat16)
+
+
+def salt(step: int) -> int:
+    """What the hash of a step begins with."""
+    return step * 0x9E3779B9 & _WORD
+
+
+_WORD = 0xFFFFFFFF
+
+
 def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
     """Kingma & Ba 2015 as `torch.optim.Adam` computes it, on all rows; with beta1 = 0, where that
     is the same, only on those that have a gradient."""
-    touched = slice(None) if rows.seen_L is None else gradient.lists.counts_I.nonzero().squeeze(-1)
-    weights, square = rows.weights_LX[touched], rows.square_LX[touched]
-    grad = bag_sum(gradient.lists, gradient.weight_N, gradient.table_TX)[touched]
+    grad_LX = bag_sum(gradient.lists, gradient.weight_N, gradient.table_TX)
+    touched_R = torch.arange(len(grad_LX), device=grad_LX.device)
+    if rows.seen_L is not None:
+        touched_R = gradient.lists.counts_I.nonzero().squeeze(-1)
+    step_rows(touched_R, grad_LX[touched_R], rows, how)
+
+
+@torch.no_grad()
+def step_rows(
+    touched: Int64[Tensor, " r"], grad: Float[Tensor, "r x"], rows: AdamRows, how: AdamStep
+) -> None:
+    """The same for some rows, whose gradient is summed."""
+    weights, square = rows.weights_LX[touched], rows.square_LX[touched].to(rows.weights_LX.dtype)
     if how.projected:
         grad = projected(weights, grad)
     grad = (grad * how.scale).to(weights.dtype)
@@ -84,11 +125,19 @@ def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
     square = decay * square + (1 - how.beta2) * grad.square()
     mean = grad
     if rows.mean_LX is not None:
-        mean = rows.mean_LX + (1 - how.beta1) * (grad - rows.mean_LX)
-        rows.mean_LX.copy_(mean)
+        mean = rows.mean_LX[touched].to(weights.dtype)
+        mean = mean + (1 - how.beta1) * (grad - mean)
+        rows.mean_LX[touched] = _kept(mean, rows.mean_LX, touched, how.step, 16)
     root = square.sqrt() / (1 - how.beta2**how.step) ** 0.5 + how.eps
     weights = weights - how.lr / (1 - how.beta1**how.step) * mean / root
-    rows.square_LX[touched] = square
+    rows.square_LX[touched] = _kept(square, rows.square_LX, touched, how.step, 0)
     rows.weights_LX[touched] = weights
     if rows.copy_LX is not None:
         rows.copy_LX[touched] = weights.to(rows.copy_LX.dtype)
+
+
+def _kept(value_RX: Tensor, like: Tensor, row_R: Tensor, step: int, bits: int) -> Tensor:
+    """In the format that the moment is kept in."""
+    if like.dtype != torch.bfloat16:
+        return value_RX
+    return rounded(value_RX.float(), row_R, step, bits)

@@ -60,7 +60,8 @@ def row_squares(gradient: RowGradient, project_on_LX: Tensor | None = None) -> T
 def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
     """A step of Adam on the rows of a weight matrix, in place; `functional.adam.adam_rows`."""
     kept = (rows.weights_LX, rows.mean_LX, rows.square_LX)
-    alike = all(t is None or t.dtype == torch.float32 for t in kept)
+    moments = {t.dtype for t in kept[1:] if t is not None}
+    alike = rows.weights_LX.dtype == torch.float32 and len(moments) == 1
     same = rows.copy_LX is None or rows.copy_LX.dtype == gradient.table_TX.dtype
     lazy_or_moving = (rows.mean_LX is None) == (rows.seen_L is not None)
     fit = alike and same and lazy_or_moving

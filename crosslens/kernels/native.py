@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosslens.functional.adam import AdamRows, AdamStep, RowGradient
+from crosslens.functional.adam import AdamRows, AdamStep, RowGradient, salt
 from crosslens.functional.gathers import Lists, starts_of
 from crosslens.kernels.build import built
 
@@ -28,6 +28,8 @@ class _Adam(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "bias1", "bias2")),
         ("step", ctypes.c_int64),
         ("projected", ctypes.c_int64),
+        ("half", ctypes.c_int64),
+        ("salt", ctypes.c_int64),
     )
 
 
@@ -114,6 +116,8 @@ def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
         bias2=(1 - how.beta2**how.step) ** 0.5,
         step=how.step,
         projected=int(how.projected),
+        half=int(rows.square_LX.dtype == torch.bfloat16),
+        salt=salt(how.step),
     )
     kept = (rows.weights_LX, rows.mean_LX, rows.square_LX, rows.seen_L, rows.copy_LX)
     assert all(t is None or t.is_contiguous() for t in kept), "they are changed in place"

@@ -131,7 +131,32 @@ struct adam {
   float bias2;   /* sqrt(1 - beta2^step) */
   i64 step;      /* of this call, from 1 */
   i64 projected; /* 1: as in `project` */
+  i64 half;      /* 1: the moments are bfloat16 */
+  i64 salt;      /* of this step's hashes */
 };
+
+static void widened(const uint16_t *restrict from, float *restrict to, i64 width) {
+  for (i64 j = 0; j < width; j++) {
+    union { uint32_t bits; float value; } it = {(uint32_t)from[j] << 16};
+    to[j] = it.value;
+  }
+}
+
+/* bfloat16, up or down by a hash (Wellons's lowbias32) of place and salt: functional.adam.rounded.
+ * `bits` says which half of the hash is used. */
+static void rounded(const float *restrict from, uint16_t *restrict to, i64 width, uint32_t place,
+                    uint32_t salt, int bits) {
+  for (i64 j = 0; j < width; j++) {
+    union { float value; uint32_t bits; } it = {from[j]};
+    uint32_t hash = place + (uint32_t)j + salt;
+    hash = (hash ^ (hash >> 16)) * 0x7FEB352Du;
+    hash = (hash ^ (hash >> 15)) * 0x846CA68Bu;
+    hash ^= hash >> 16;
+    const uint32_t drawn = it.bits + ((hash >> bits) & 0xFFFF);
+    const uint32_t odd = it.value == it.value ? it.bits : it.bits | 0x400000; /* NaN stays one */
+    to[j] = (uint16_t)(((it.bits & 0x7F800000) == 0x7F800000 ? odd : drawn) >> 16);
+  }
+}
 
 /* One step for each weight row from its pairs: sum, clip, Adam, and the copy in the table's format,
  * while the row is in the cache.
@@ -141,15 +166,18 @@ struct adam {
  * next. Returns 0, or 1 where there is no memory. */
 int NAMED(adam_rows)(const struct adam *how, const i64 *starts, const i32 *index,
                      const float *weight, const element *table, i64 width, float *weights,
-                     float *mean, float *square, i32 *seen, element *copy, i64 first, i64 last) {
+                     void *mean, void *square, i32 *seen, element *copy, i64 first, i64 last) {
   const float lr = how->lr / how->bias1, beta2 = how->beta2;
   const float fresh1 = how->fresh1, fresh2 = how->fresh2;
   const float eps = how->eps, scale = how->scale, over = 1.0f / how->bias2;
-  float *restrict g = malloc(width * sizeof(float));
+  const int half = how->half != 0;
+  float *g = malloc((half ? 3 : 1) * width * sizeof(float));
   if (!g) return 1;
   for (i64 i = first; i < last; i++) {
-    const i64 n = starts[i + 1] - starts[i];
-    float *restrict w = weights + i * width, *restrict v = square + i * width;
+    const i64 n = starts[i + 1] - starts[i], at = i * width;
+    float *restrict w = weights + at;
+    float *restrict v = half ? g + width : (float *)square + at;
+    float *restrict m = half ? g + 2 * width : (float *)mean + at;
     element *restrict c = copy ? copy + i * width : NULL;
     float decay = beta2;
     if (!mean) {
@@ -159,8 +187,9 @@ int NAMED(adam_rows)(const struct adam *how, const i64 *starts, const i32 *index
     }
     weighed_sum(index + starts[i], weight + starts[i], n, table, width, g);
     if (how->projected) project(w, g, width);
+    if (half) widened((uint16_t *)square + at, v, width);
+    if (half && mean) widened((uint16_t *)mean + at, m, width);
     if (mean) {
-      float *restrict m = mean + i * width;
       for (i64 j = 0; j < width; j++) {
         const float it = g[j] * scale;
         m[j] += fresh1 * (it - m[j]);
@@ -174,6 +203,9 @@ int NAMED(adam_rows)(const struct adam *how, const i64 *starts, const i32 *index
         w[j] -= lr * it / (sqrtf(v[j]) * over + eps);
       }
     }
+    if (half) rounded(v, (uint16_t *)square + at, width, (uint32_t)at, (uint32_t)how->salt, 0);
+    if (half && mean)
+      rounded(m, (uint16_t *)mean + at, width, (uint32_t)at, (uint32_t)how->salt, 16);
 #if TABLE == 16
     if (c)
       for (i64 j = 0; j < width; j++) {

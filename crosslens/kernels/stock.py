@@ -73,8 +73,8 @@ def row_squares(gradient: RowGradient, project_on_LX: Tensor | None = None) -> T
 
 @torch.no_grad()
 def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
-    """`functional.adam.adam_rows`; with a first moment, by torch's fused step."""
-    if rows.mean_LX is None:
+    """`functional.adam.adam_rows`; by torch's fused step where that keeps what is kept here."""
+    if rows.mean_LX is None or rows.square_LX.dtype != rows.weights_LX.dtype:
         reference.adam_rows(gradient, rows, how)
         return
     sum_LX = bag_sum(gradient.lists, gradient.weight_N, gradient.table_TX)

@@ -93,6 +93,20 @@ def row_squares(
 
 @triton.jit
 @no_type_check
+def _kept(value, place, salt, like, BITS: tl.constexpr):
+    """In the format of what it goes to: `functional.adam.rounded` where that is bfloat16."""
+    hashed = (place + salt).to(tl.uint32)
+    hashed = ((hashed ^ (hashed >> 16)) * 0x7FEB352D).to(tl.uint32)
+    hashed = ((hashed ^ (hashed >> 15)) * 0x846CA68B).to(tl.uint32)
+    hashed = ((hashed ^ (hashed >> 16)) >> BITS) & 0xFFFF
+    bits = value.to(tl.uint32, bitcast=True)
+    drawn = ((bits + hashed) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    finite = (bits & 0x7F800000) != 0x7F800000
+    return tl.where(finite, drawn, value).to(like.dtype.element_ty)
+
+
+@triton.jit
+@no_type_check
 def adam_rows(
     starts,
     index,
@@ -113,6 +127,7 @@ def adam_rows(
     over,
     eps,
     step,
+    salt,
     PROJECTED: tl.constexpr,
     PAIRS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -136,12 +151,15 @@ def adam_rows(
         g = _weighed_sum(index, weight, start, end, table, width, at, PAIRS)
         w = tl.load(weights + place, mask=inside, other=0.0)
         g = (g - share * w) * factor
-        v = decay * tl.load(square + place, mask=inside, other=0.0) + fresh2 * g * g
-        tl.store(square + place, v, mask=inside)
+        v = decay * tl.load(square + place, mask=inside, other=0.0).to(tl.float32)
+        v += fresh2 * g * g
+        kept = v if square.dtype.element_ty == tl.float32 else _kept(v, place, salt, square, 0)
+        tl.store(square + place, kept, mask=inside)
         if mean is not None:
-            m = tl.load(mean + place, mask=inside, other=0.0)
+            m = tl.load(mean + place, mask=inside, other=0.0).to(tl.float32)
             g = m + fresh1 * (g - m)
-            tl.store(mean + place, g, mask=inside)
+            kept = g if mean.dtype.element_ty == tl.float32 else _kept(g, place, salt, mean, 16)
+            tl.store(mean + place, kept, mask=inside)
         w -= lr * g / (tl.sqrt(v) * over + eps)
         tl.store(weights + place, w, mask=inside)
         if copy is not None:

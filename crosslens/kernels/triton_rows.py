@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from crosslens.functional.adam import AdamRows, AdamStep, RowGradient
+from crosslens.functional.adam import AdamRows, AdamStep, RowGradient, salt
 from crosslens.functional.gathers import Lists, starts_of
 from crosslens.kernels import triton_programs as programs
 
@@ -102,6 +102,7 @@ def adam_rows(gradient: RowGradient, rows: AdamRows, how: AdamStep) -> None:
         1 / (1 - how.beta2**how.step) ** 0.5,
         how.eps,
         how.step,
+        salt(how.step),
     )
     pairs = _pairs(lists, gradient.weight_N)
     fixed = (*pairs, _flat(table_TX), table_TX.shape[1], *kept, scale, *numbers, how.projected)

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from crosslens.functional.adam import AdamRows, AdamStep, step_rows
+
+ROWS = 1024
+"""So many rows of a matrix are stepped at a time where their moments are widened for it."""
+
 
 class AdamWithoutMoment(torch.optim.Optimizer):
     """Adam with β1 = 0, whose first moment is the gradient itself and is not stored."""
@@ -57,6 +62,52 @@ class AdamWithoutMoment(torch.optim.Optimizer):
         behind_L = (state["step"] - state["seen"]).to(state["exp_avg_sq"].dtype)
         state["exp_avg_sq"].mul_((beta2**behind_L)[:, None])
         state["seen"].fill_(int(state["step"]) + 1)
+
+
+class AdamInHalf(torch.optim.Optimizer):
+    """Adam whose moments are bfloat16, rounded so that they keep their means; matrices only.
+
+    With β1 = 0 no first moment is kept, and a row's second one decays when it is next stepped.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in (p for p in group["params"] if p.grad is not None):
+                state = self.begun(parameter, group["betas"][0])
+                state["step"] += 1
+                how = AdamStep(
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    eps=group["eps"],
+                    step=int(state["step"]),
+                )
+                rows = AdamRows(
+                    parameter, state.get("exp_avg"), state["exp_avg_sq"], state.get("seen")
+                )
+                every_R = torch.arange(len(parameter), device=parameter.device)
+                for some_R in torch.split(every_R, ROWS):
+                    step_rows(some_R, parameter.grad[some_R], rows, how)
+
+    def begun(self, parameter: nn.Parameter, beta1: float) -> dict[str, Tensor]:
+        """What is kept for a parameter; zeros at first."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            device = parameter.device
+            state["step"] = torch.zeros((), device=device)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            if beta1:
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            else:
+                state["seen"] = torch.zeros(len(parameter), dtype=torch.int32, device=device)
+        return state
 
 
 class ScheduleFreeSign(torch.optim.Optimizer):

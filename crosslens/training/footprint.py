@@ -10,7 +10,7 @@ from crosslens.device import resolve_device, resolve_dtype
 from crosslens.kernels.calibration import kernels_in_use
 from crosslens.training.checkpoint import KEPT
 from crosslens.training.config import TrainConfig
-from crosslens.training.optimizers import SignSGD, moments_kept
+from crosslens.training.optimizers import SignSGD, bytes_kept
 from crosslens.training.step_cost import entries, size_of
 
 FLOAT = 4
@@ -56,18 +56,18 @@ def footprint(config: TrainConfig, wiring: Wiring, parameters: int, sparse: bool
         parameters: of the coder.
         sparse: whether steps hold their code's entries only.
     """
-    kept = moments_kept(config.optimizer)
+    each = FLOAT + bytes_kept(config.optimizer)
     size = resolve_dtype(config.fit.dtype).itemsize
     copies = 0 if size == FLOAT else size * parameters
     step = _entries_step(config, wiring) if sparse else _whole_step(config, wiring, parameters)
     judged = _heldout_batch(config, wiring, parameters)
     slots = min(buffer_rows(config, wiring), config.text.tokens)
     width = wiring.harvest.width
-    state = FLOAT * parameters * (1 + kept) + _stream(config, slots)
+    state = each * parameters + _stream(config, slots)
     saved = FLOAT * parameters + 8 * _positions(config) + LINE * _lines(config)
     checkpoints = min(KEPT, math.ceil(config.fit.steps / config.fit.checkpoint_every))
     return Footprint(
-        coder=FLOAT * (1 + kept) * parameters + copies,
+        coder=each * parameters + copies,
         step=round(max(step, judged)),
         buffer=2 * width * (slots + config.fit.heldout_rows) + _stream(config, slots),
         disk=saved + checkpoints * state,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from crosslens.coder import Coder
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.training.descent import AdamWithoutMoment, ScheduleFreeSign
-from crosslens.training.row_steps import Gathered, step_rows
+from crosslens.training.descent import AdamInHalf, AdamWithoutMoment, ScheduleFreeSign
+from crosslens.training.row_steps import Gathered, StepsRows, step_rows
 from crosslens.training.schedule import Rise, Span, check_span, length_in_steps
 
 
@@ -34,13 +35,22 @@ class Adam:
     """Share of the run, at its end, over which the rate falls linearly to 0; or a length."""
     clip: float | None = 1.0
     """Gradients beyond this norm are scaled down to it; None leaves them."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Format of what is kept for each weight of a matrix: half the memory in bfloat16, for which
+    rounding at random adds some noise (docs/performance.md has what it costs)."""
 
     def __post_init__(self) -> None:
         _check(self)
 
     def build(self, coder: Coder) -> tuple[torch.optim.Optimizer, ...]:
-        """Adam over all weights of the coder, in one fused pass."""
-        return (_adam(coder.parameters(), self),)
+        """Adam over all weights of the coder, in one fused pass; with moments in bfloat16 the
+        matrices have one of their own."""
+        if self.moments == "float32":
+            return (_adam(coder.parameters(), self),)
+        matrices = [p for p in coder.parameters() if p.dim() == 2]
+        others = [p for p in coder.parameters() if p.dim() != 2]
+        half = AdamInHalf(matrices, self.lr, (self.beta1, self.beta2), self.eps)
+        return half, _adam(others, self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +171,7 @@ class Optimizer:
         """Adam takes the rows as they are; other optimisers get them summed."""
         for group in part.param_groups:
             for parameter in (p for p in group["params"] if p in gathered.gradients):
-                if isinstance(part, torch.optim.Adam | AdamWithoutMoment):
+                if isinstance(part, StepsRows):
                     step_rows(part, group, parameter, gathered, self._copies)
                 else:
                     parameter.grad = gathered.summed(parameter)
@@ -220,9 +230,12 @@ class Optimizer:
                 }
 
 
-def moments_kept(config: OptimizerConfig) -> int:
-    """Numbers that the optimiser keeps for a weight besides the weight itself."""
-    return 2 if isinstance(config, Adam) and config.beta1 > 0 else 1
+def bytes_kept(config: OptimizerConfig) -> int:
+    """What the optimiser keeps for a weight of a matrix besides the weight itself, in bytes."""
+    if not isinstance(config, Adam):
+        return 4
+    numbers = 2 if config.beta1 > 0 else 1
+    return numbers * (2 if config.moments == "bfloat16" else 4)
 
 
 def unscheduled(config: OptimizerConfig) -> OptimizerConfig:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from crosslens import kernels
 from crosslens.coder import Copies
 from crosslens.functional.adam import AdamRows, AdamStep, RowGradient, projected
-from crosslens.training.descent import AdamWithoutMoment
+from crosslens.training.descent import AdamInHalf, AdamWithoutMoment
+
+StepsRows = torch.optim.Adam | AdamWithoutMoment | AdamInHalf
+"""Optimisers that take rows as they are."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def clipped(
 
 
 def step_rows(
-    part: torch.optim.Adam | AdamWithoutMoment,
+    part: StepsRows,
     group: Mapping[str, Any],
     parameter: nn.Parameter,
     gathered: Gathered,
@@ -107,7 +110,7 @@ def step_rows(
 
 
 def _state(
-    part: torch.optim.Adam | AdamWithoutMoment, group: Mapping[str, Any], parameter: nn.Parameter
+    part: StepsRows, group: Mapping[str, Any], parameter: nn.Parameter
 ) -> tuple[dict[str, Tensor], float, float]:
     """What is kept for the matrix, made at its first step, and the two decays."""
     if isinstance(part, AdamWithoutMoment):
@@ -117,6 +120,8 @@ def _state(
             rows = (len(parameter),)
             state["seen"] = torch.full(rows, now, dtype=torch.int32, device=parameter.device)
         return state, 0.0, group["beta2"]
+    if isinstance(part, AdamInHalf):
+        return part.begun(parameter, group["betas"][0]), *group["betas"]
     state = part.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
