@@ -165,7 +165,7 @@ def test_values_of_the_default_stay_where_no_flag_speaks() -> None:
 def test_files_lie_between_the_default_and_the_flags(tmp_path: Path) -> None:
     first, second = tmp_path / "a.yaml", tmp_path / "b.json"
     first.write_text("lr: 0.5\ncoder: {latents: 8, activation: {kind: topk, k: 3}}\n")
-    second.write_text('{"coder": {"latents": 9}, "models": {"chat": {"path": "x"}}}')
+    second.write_text('{"coder": {"latents": 9}, "models": {"base": {}, "chat": {"path": "x"}}}')
     got = parsed(
         *f"--models.chat.dtype float32 --config {first} --lr 0.25 --config={second}".split()
     )

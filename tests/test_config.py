@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -84,15 +85,23 @@ configs = st.builds(
 )
 
 
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as nested dicts, written apart from the code under test."""
-    tree: dict[str, Any] = {}
+def changed(plain: dict[str, Any], flat: dict[str, Any]) -> dict[str, Any]:
+    """`plain` with what stands at dotted keys put in, or taken out if None and an entry there;
+    written apart from the code under test."""
+    tree: dict[str, Any] = copy.deepcopy(plain)
     for path, value in flat.items():
         *above, last = path.split(".")
         place = tree
         for key in above:
-            place = place.setdefault(key, {})
-        place[last] = value
+            if place.get(key) is None:
+                place[key] = {}
+            place = place[key]
+        if last == "kind":
+            place.clear()
+        if value is None and above and above[-1] in ("models", "terms"):
+            del place[last]
+        else:
+            place[last] = value
     return tree
 
 
@@ -106,16 +115,19 @@ def test_plain_data_round_trips_through_json(config: Config) -> None:
 
 @settings(deadline=None)
 @given(config=configs, default=configs)
-def test_a_file_of_the_differences_turns_the_default_into_the_config(
+def test_a_whole_file_is_the_config_whatever_the_default(
     config: Config, default: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    whole = folder / "whole.yaml"
+    whole = tmp_path_factory.getbasetemp() / "whole.yaml"
     whole.write_text(to_yaml(config), encoding="utf-8")
-    assert load_file(Config, whole, config) == config
-    small = folder / "small.json"
-    small.write_text(json.dumps(nested(differences(config, default))), encoding="utf-8")
-    assert load_file(Config, small, default) == config
+    assert load_file(Config, whole, default) == config
+
+
+@settings(deadline=None)
+@given(config=configs, default=configs)
+def test_the_differences_turn_the_default_into_the_config(config: Config, default: Config) -> None:
+    plain = changed(to_plain(default), differences(config, default))
+    assert from_plain(Config, plain, "memory") == config
 
 
 def test_plain_form() -> None:
@@ -257,10 +269,11 @@ def test_another_kind_starts_from_its_own_defaults(tmp_path: Path) -> None:
     assert got.coder.activation == BatchTopK(k=32, decay=0.25)
 
 
-def test_entries_are_added_changed_and_taken_out(tmp_path: Path) -> None:
+def test_entries_are_those_that_the_file_lists(tmp_path: Path) -> None:
     default = Config(models={"a": Model(path="x", revision="r"), "b": Model()})
-    got = overlaid(tmp_path, "models: {a: {path: y}, b: null, c: {revision: s}}", default)
+    got = overlaid(tmp_path, "models: {a: {path: y}, c: {revision: s}}", default)
     assert got.models == {"a": Model(path="y", revision="r"), "c": Model(revision="s")}
+    assert overlaid(tmp_path, "lr: 0.5", default).models == default.models
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:

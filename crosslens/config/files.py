@@ -22,8 +22,8 @@ Lines = dict[tuple[str, ...], int]
 def load_file(cls: type[C], path: Path, default: C) -> C:
     """`default` with what the file at `path` says laid over it; JSON if it ends in `.json`.
 
-    Mappings merge key by key. A `kind` other than the default's starts from that kind's own
-    defaults, and null takes a named entry (`models: {base: null}`) out.
+    Mappings merge key by key, but of named entries (`models`, `text.corpora`) there are those that
+    the file lists. A `kind` other than the default's starts from that kind's own defaults.
     Raises UsageError, with file and line, for whatever is wrong.
     """
     data, lines = _read(path)
@@ -41,19 +41,20 @@ def to_yaml(config: Any) -> str:
 
 
 def overlay(value: Any, plain: Any, data: Any) -> Any:
-    """`plain`, the plain form of `value`, with `data` merged into it."""
+    """`plain`, the plain form of `value`, with `data` merged into it.
+
+    Of models, corpora and the like there are those that `data` lists: whoever names two models in a
+    file does not expect the default as a third. What an entry leaves out is as in the default.
+    """
     if not isinstance(data, Mapping):
         return data
     if isinstance(value, dict):
-        gone = {key for key in data if data[key] is None and value.get(key) is not None}
-        children: Mapping[str, Any] = value
-    elif dataclasses.is_dataclass(value) and data.get(KIND, plain.get(KIND)) == plain.get(KIND):
-        gone = set()
+        return {key: overlay(value.get(key), plain.get(key), data[key]) for key in data}
+    if dataclasses.is_dataclass(value) and data.get(KIND, plain.get(KIND)) == plain.get(KIND):
         children = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    else:
-        return data
-    merged = {key: overlay(children.get(key), plain.get(key), data[key]) for key in data}
-    return {key: v for key, v in {**plain, **merged}.items() if key not in gone}
+        merged = {key: overlay(children.get(key), plain.get(key), data[key]) for key in data}
+        return {**plain, **merged}
+    return data
 
 
 class _Loader(yaml.SafeLoader):
