@@ -15,6 +15,7 @@ def draw(file: Path, sweeps: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figure, panels = plt.subplots(
         1, len(sweeps), figsize=(4 * len(sweeps), 3.2), squeeze=False, layout="constrained"
@@ -27,6 +28,8 @@ def draw(file: Path, sweeps: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         panel.stackplot(sizes, *parts, labels=list(PARTS), colors=list(PARTS.values()))
         panel.plot(sizes, [point["step_seconds"] for point in ran], "k.-", label="step")
         panel.set(title=name.replace("_", ", sites: "), xlabel=grows, ylim=(0, None))
+        panel.locator_params(axis="x", nbins=5)
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     panels[0][0].set_ylabel("seconds of a step")
     panels[0][0].legend(frameon=False)
     figure.savefig(file)
