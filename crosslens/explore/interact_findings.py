@@ -21,6 +21,8 @@ _HEAD_COLUMNS: Columns = (
     ("interaction", "Part of that variance which is neither of the key alone, nor of the query "
      "alone, nor of their distance: query × key, centred over keys. 95 % over documents."),
     ("with error", "Part of the variance that involves what the coder does not write."),
+    ("binding", "Of what the measured pairs do (strength × frequency), the part of those that draw "
+     "attention reliably from the one latent to the other."),
     ("dominance", "Mean bound tanh(osc/4) of the total variation between the head's attention and "
      "that from the one best latent of the query. 1: nothing is known."),
     ("variation", "The total variation itself, which the bound is of."),
@@ -97,6 +99,7 @@ def _head_row(head: str, each: Mapping[str, Any]) -> HeadRow:
         with_ends(each["variance"]),
         with_ends(each["interaction_share"], each["interaction_ci"], percent),
         with_ends(each["error_share"], None, percent),
+        with_ends(each["by_kind"]["binding"], None, percent),
         with_ends(dominance["bound"]),
         with_ends(dominance["variation"]),
     )

@@ -43,6 +43,7 @@ _HEAD = {
     "interaction_ci": _ENDS,
     "error_share": _FIGURE,
     "dominance": {"bound": _FIGURE, "variation": _FIGURE},
+    "by_kind": {"binding": float},
     "pairs": [{"query": int, "key": int}],
 }
 _CLUSTERS = {

@@ -20,7 +20,7 @@ from crosslens.errors import UsageError
 from crosslens.lm.anatomy import probe
 from crosslens.lm.attention_alone import Alone, Seen, alone
 from crosslens.lm.mlp import Norm, norm_of
-from crosslens.lm.model import LanguageModel
+from crosslens.lm.model import LanguageModel, refuse_not_finite
 from crosslens.lm.trace import calls_of, upstream, watch
 
 _CLOSE = 1e-5
@@ -134,15 +134,18 @@ def attention_of(model: LanguageModel, layer: int) -> SelfAttention:
 
     Raises:
         UsageError: there is no such layer, or its attention or norm is of no supported kind.
+        CrosslensError: its weights are not finite.
     """
     if not 0 <= layer < model.n_layers:
         raise UsageError(
             f"Model {model.name!r} has no layer {layer}: it has {model.n_layers}, numbered 0 to "
             f"{model.n_layers - 1}."
         )
+    module = model.anatomy.taps[f"attn_in.{layer}"].module
+    refuse_not_finite(model, module, f"attention of layer {layer}")
     found = _read(model, layer)
     if isinstance(found, str):
-        name = type(model.anatomy.taps[f"attn_in.{layer}"].module).__name__
+        name = type(module).__name__
         raise UsageError(
             f"The attention of layer {layer} of {model.name!r} ({name}) is of no kind whose "
             f"interactions can be told: {found}. Those of MLPs still can."

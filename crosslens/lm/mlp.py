@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from crosslens.errors import UsageError
 from crosslens.functional.interactions import KINDS, Kind, activation
 from crosslens.lm.anatomy import probe
-from crosslens.lm.model import LanguageModel
+from crosslens.lm.model import LanguageModel, refuse_not_finite
 from crosslens.lm.sites import split_site
 from crosslens.lm.trace import Call, calls_of, upstream, watch
 
@@ -94,6 +94,7 @@ def mlp_of(model: LanguageModel, layer: int) -> MLP:
 
     Raises:
         UsageError: there is no such layer, or its MLP or norm is of no supported kind.
+        CrosslensError: its weights are not finite.
     """
     if not 0 <= layer < model.n_layers:
         raise UsageError(
@@ -106,6 +107,7 @@ def mlp_of(model: LanguageModel, layer: int) -> MLP:
     names = [name for name, child in module.named_children() if down and child is down.module]
     if not names:
         raise _unsupported(model, layer, module, "it does not end in one down projection")
+    refuse_not_finite(model, module, f"MLP of layer {layer}")
     copied = copy.deepcopy(module).float()
     width = model.anatomy.widths[f"mlp_in.{layer}"]
     found = _matrices(copied, copied.get_submodule(names[0]), width)
@@ -256,8 +258,7 @@ def _norm_before(model: LanguageModel, layer: int, mlp: nn.Module) -> Norm | Non
         name = type(makers[0].module).__name__
         raise UsageError(
             f"In layer {layer} of {model.name!r}, {name} stands before the MLP, which is neither "
-            "RMSNorm nor LayerNorm, so the MLP's interactions cannot be told. Those of attention "
-            "still can."
+            "RMSNorm nor LayerNorm, so the MLP's interactions cannot be told."
         )
     return found
 
@@ -327,5 +328,5 @@ def _fitted(
 def _unsupported(model: LanguageModel, layer: int, module: nn.Module, why: str) -> UsageError:
     return UsageError(
         f"The MLP of layer {layer} of {model.name!r} ({type(module).__name__}) is of no kind whose "
-        f"interactions can be told: {why}. Those of attention still can."
+        f"interactions can be told: {why}."
     )

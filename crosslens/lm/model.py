@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from crosslens.errors import UsageError
+from crosslens.errors import CrosslensError, UsageError
 from crosslens.lm import sites as naming
 from crosslens.lm.anatomy import Anatomy
 from crosslens.lm.midway import can_start_midway, starting_at
@@ -233,3 +233,17 @@ def _replacing(site: str, edit: Callable[[Tensor], Tensor]) -> Callable[[Tensor]
         return new.to(old)
 
     return visit
+
+
+def refuse_not_finite(model: LanguageModel, module: nn.Module, told: str) -> None:
+    """Such weights fit no kind, and would be taken for one that is not known.
+
+    Raises:
+        CrosslensError: a weight of `module` is NaN or infinite.
+    """
+    for name, weight in module.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise CrosslensError(
+                f"The {told} of {model.name!r} ({model.spec.path}) has NaN or infinite values in "
+                f"{name}: its file is damaged, or dtype {model.spec.dtype} is too narrow for it."
+            )

@@ -12,6 +12,7 @@ from crosslens.recipes.diffing import (
     diff_sae,
     kissane_diff,
 )
+from crosslens.recipes.interactions import interaction_exact, interaction_paper
 from crosslens.recipes.saes import (
     gated_sae,
     groupmax,
@@ -49,6 +50,8 @@ RECIPES = {
         dedicated,
         delta,
         diff_sae,
+        interaction_exact,
+        interaction_paper,
     )
 }
 """Name → the function that returns the configuration; its docstring names source and deviations."""

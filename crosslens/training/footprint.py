@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crosslens.coder import Wiring
+from crosslens.coder.activations import entries_per_row
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.kernels.calibration import kernels_in_use
 from crosslens.training.checkpoint import KEPT
 from crosslens.training.config import TrainConfig
 from crosslens.training.optimizers import SignSGD, bytes_kept
+from crosslens.training.readers import Reader
 from crosslens.training.step_cost import entries, size_of
 
 FLOAT = 4
@@ -20,13 +23,16 @@ SLOT = 8 + 8 + 8
 order, and among those that are free."""
 POSITION = 4
 """Bytes that count the uses of one position of the text."""
-BACKWARD, AFTER = 4.3, 2.2
-"""Rows × latents tensors in the products' format that a step with its whole code holds at the peak
-of its backward pass, and when its weights are stepped."""
+BEGUN, BACKWARD, AFTER = 3.0, 4.3, 2.2
+"""Rows × latents tensors in the products' format that a step with its whole code holds when its
+backward pass begins, at the peak of that, and when its weights are stepped."""
 PAIR = 60
 """Bytes of one entry, with the index tensors that gather it and sort it by latent."""
 ROWS_HELD = 7
 """Rows × width tensors in float32 that live at the peak of a step."""
+BY_LATENT, BY_DECODER, BY_TOKEN = 2.5, 2.0, 4.0
+"""Numbers that `objective.interaction` holds at its peak for each latent and column of neurons, for
+each latent and number of its decoder at the site, and for each token and column."""
 JUDGED = 1 + 8
 """Bytes, beside the code, with which active entries are counted on held-out rows."""
 LINE = 450
@@ -49,17 +55,28 @@ class Footprint:
     """The same while the last checkpoint is written."""
 
 
-def footprint(config: TrainConfig, wiring: Wiring, parameters: int, sparse: bool) -> Footprint:
+def footprint(
+    config: TrainConfig,
+    wiring: Wiring,
+    parameters: int,
+    sparse: bool,
+    readers: Sequence[Reader] = (),
+) -> Footprint:
     """The sizes of a configuration.
 
     Args:
         parameters: of the coder.
         sparse: whether steps hold their code's entries only.
+        readers: the MLPs that `objective.interaction` looks at.
     """
     each = FLOAT + bytes_kept(config.optimizer)
     size = resolve_dtype(config.fit.dtype).itemsize
     copies = 0 if size == FLOAT else size * parameters
-    step = _entries_step(config, wiring) if sparse else _whole_step(config, wiring, parameters)
+    step: float
+    if sparse:
+        step = _entries_step(config, wiring) + _interaction(config, wiring, readers)
+    else:
+        step = _whole_step(config, wiring, parameters, readers)
     judged = _heldout_batch(config, wiring, parameters)
     slots = min(buffer_rows(config, wiring), config.text.tokens)
     width = wiring.harvest.width
@@ -67,7 +84,7 @@ def footprint(config: TrainConfig, wiring: Wiring, parameters: int, sparse: bool
     saved = FLOAT * parameters + 8 * _positions(config) + LINE * _lines(config)
     checkpoints = min(KEPT, math.ceil(config.fit.steps / config.fit.checkpoint_every))
     return Footprint(
-        coder=each * parameters + copies,
+        coder=each * parameters + copies + sum(map(_reader_bytes, readers)),
         step=round(max(step, judged)),
         buffer=2 * width * (slots + config.fit.heldout_rows) + _stream(config, slots),
         disk=saved + checkpoints * state,
@@ -90,15 +107,39 @@ def _entries_step(config: TrainConfig, wiring: Wiring) -> int:
     return held
 
 
-def _whole_step(config: TrainConfig, wiring: Wiring, parameters: int) -> float:
-    """The decoder's gradient is there at the peak of the backward pass, all are after it."""
+def _whole_step(
+    config: TrainConfig, wiring: Wiring, parameters: int, readers: Sequence[Reader]
+) -> float:
+    """The decoder's gradient is there at the peak of the backward pass, all are after it.
+
+    That pass begins with `objective.interaction`, whose gradient to the code stays beside it.
+    """
     size = resolve_dtype(config.fit.dtype).itemsize
     one = size_of(wiring, config.fit.batch)
     code, decoder = config.fit.batch * one.latents * size, one.latents * one.written
     unconverted = 0 if size == FLOAT else size * decoder
     backward = BACKWARD * code + FLOAT * decoder + unconverted
     after = AFTER * code + FLOAT * parameters
-    return max(backward, after) + _rows_held(config, wiring)
+    begun = BEGUN * code + _interaction(config, wiring, readers)
+    beside = code if readers else 0
+    return max(backward + beside, after + beside, begun) + _rows_held(config, wiring)
+
+
+def _interaction(config: TrainConfig, wiring: Wiring, readers: Sequence[Reader]) -> float:
+    """What that term holds at the peak of its own backward pass: of each site, what the latents
+    active on the sampled tokens put into one block of neurons, and their decoders at the site."""
+    tokens = config.objective.interaction.share * config.fit.batch
+    entries = entries_per_row(config.coder.activation, 1.0) or 0
+    n = wiring.n_latents
+    latents = n * -math.expm1(-tokens * entries / n)  # different ones, if all are active as often
+    columns = sum(len(reader.blocks[0].fixed_W) for reader in readers)
+    widths = sum(reader.blocks[0].through_DW.shape[0] for reader in readers)
+    kept = latents * (BY_LATENT * columns + BY_DECODER * widths) + BY_TOKEN * tokens * columns
+    return FLOAT * kept
+
+
+def _reader_bytes(reader: Reader) -> int:
+    return sum(block.through_DW.nbytes for block in reader.blocks)
 
 
 def _heldout_batch(config: TrainConfig, wiring: Wiring, parameters: int) -> int:

@@ -12,13 +12,21 @@ import torch
 from crosslens.activations import other_tokenizers, site_layout
 from crosslens.activations.swapped import exchange_of
 from crosslens.coder import Coder, Layout, Wiring
+from crosslens.coder.activations import entries_per_row
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.kernels.calibration import Rates, find
 from crosslens.kernels.choice import break_even
 from crosslens.text import build_blocks, coverage
 from crosslens.training.config import TrainConfig
 from crosslens.training.footprint import buffer_rows, footprint
-from crosslens.training.probe import harvest_rate, new_coder, step_seconds
+from crosslens.training.probe import (
+    harvest_rate,
+    interaction_seconds,
+    new_coder,
+    step_seconds,
+)
+from crosslens.training.readers import Reader
+from crosslens.training.start import first_readers
 from crosslens.training.step_cost import (
     entries,
     heldout_seconds,
@@ -87,9 +95,12 @@ def plan(config: TrainConfig, models: Models, probe_steps: int = 2) -> Plan:
     parameters = sum(p.numel() for p in _shapes(config, layout).parameters())
     rate = harvest_rate(config, models, layout)
     opened = psutil.Process().memory_info().rss
+    readers = first_readers(config, models, wiring)
     below = _sparse_below(config, wiring)
-    sizes = footprint(config, wiring, parameters, is_sparse(config, below))
+    sizes = footprint(config, wiring, parameters, is_sparse(config, below), readers)
     step = _step(config, layout, below, probe_steps)
+    if readers:
+        step = _with_interaction(step, config, wiring, readers, below)
     on_cpu = resolve_device(config.fit.device).type == "cpu"
     computing = sizes.coder + sizes.step
     return Plan(
@@ -172,6 +183,26 @@ def _step(config: TrainConfig, layout: Layout, below: float, probe_steps: int) -
     seconds = step_seconds(config, layout, probe_steps)
     share = config.fit.heldout_rows / config.fit.batch
     return _Step(seconds, {}, f"a probe ({why})", seconds * share / 2)
+
+
+def _with_interaction(
+    step: _Step, config: TrainConfig, wiring: Wiring, readers: tuple[Reader, ...], below: float
+) -> _Step:
+    """With what that term adds, which is tried out whatever the rest is known from."""
+    k = entries_per_row(config.coder.activation, 1.0)
+    active = k or max(1, round(below * config.coder.latents / 2))
+    sparse = is_sparse(config, below)
+    now = interaction_seconds(config, wiring, readers, active, sparse)
+    later = None
+    if step.sparse is not None:
+        later = step.sparse + interaction_seconds(config, wiring, readers, active, True)
+    return replace(
+        step,
+        seconds=step.seconds + now,
+        parts={**step.parts, "interaction": now},
+        told=f"{step.told}, objective.interaction from a probe",
+        sparse=later,
+    )
 
 
 def _calibrated(config: TrainConfig, wiring: Wiring, rates: Rates, below: float) -> _Step | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from crosslens.interactions.attention.scores import (
     ratio_interval,
 )
 from crosslens.interactions.intervals import mean_interval
+from crosslens.interactions.pairs.kinds import HEAD_KINDS, binding, shares_of
 
 
 def figures(sums: HeadSums, head: int, plan: AttentionPlan) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def figures(sums: HeadSums, head: int, plan: AttentionPlan) -> dict[str, Any]:
     with_error = [f"{q} × {k}" for q in ORIGINS for k in ORIGINS if "error" in (q, k)]
     known = [f"{q} × {k}" for q in ORIGINS[:2] for k in ORIGINS[:2]]
     error_1G = torch.stack([of[name] for name in with_error]).sum(0)
+    table = pair_columns(sums, head)
     return {
         "site": sums.usage.view.site,
         "queries": int(sums.queries_G.sum()),
@@ -49,7 +52,8 @@ def figures(sums: HeadSums, head: int, plan: AttentionPlan) -> dict[str, Any]:
             "variation_of_none": _told(of["variation of none"], queries_1G)[0],
         },
         "coverage": _coverage(sums, head),
-        "pairs": _pairs(sums, head, plan.top),
+        "by_kind": shares_of(table["product"], table["kind"], HEAD_KINDS),
+        "pairs": _pairs(table, plan.top),
     }
 
 
@@ -67,8 +71,7 @@ def _coverage(sums: HeadSums, head: int) -> float | None:
     return float(flow_P[sums.wanted_PH[:, head]].sum()) / whole if whole > 0 else None
 
 
-def _pairs(sums: HeadSums, head: int, n: int) -> list[dict[str, Any]]:
-    table = pair_columns(sums, head)
+def _pairs(table: Mapping[str, Any], n: int) -> list[dict[str, Any]]:
     found = []
     for c in range(min(n, len(table["query"]))):
         low, high = (float(table[f"strength_{end}"][c]) for end in ("low", "high"))
@@ -76,6 +79,7 @@ def _pairs(sums: HeadSums, head: int, n: int) -> list[dict[str, Any]]:
             {
                 "query": int(table["query"][c]),
                 "key": int(table["key"][c]),
+                "kind": str(table["kind"][c]),
                 "strength": float(table["strength"][c]),
                 "ci": [low, high] if np.isfinite(low) else None,
                 "frequency": float(table["frequency"][c]),
@@ -94,7 +98,7 @@ def pair_columns(sums: HeadSums, head: int | None = None) -> dict[str, Any]:
 
     `strength`: mean over meetings of |c̃|, with its interval; `signed`: of c̃; `product`: strength ×
     frequency; `share`: of the head's variance of scores; `attention`, `distance`: means over
-    meetings.
+    meetings; `kind`: one of `HEAD_KINDS`.
     """
     view, wanted_PH = sums.usage.view, sums.wanted_PH
     if head is not None:
@@ -128,4 +132,4 @@ def pair_columns(sums: HeadSums, head: int | None = None) -> dict[str, Any]:
     }
     order = columns["product"].argsort(descending=True, stable=True)
     found = {name: each[order].cpu().numpy() for name, each in columns.items()}
-    return {"site": np.full(len(order), view.site), **found}
+    return {"site": np.full(len(order), view.site), **found, "kind": binding(found)}

@@ -103,10 +103,10 @@ def choose(triplets: Triplets, met: Mapping[str, Met], plan: EffectPlan) -> Chos
         found = _at_site(ranked_Q, _pool(met[site], plan.least), n, rng)
         rows += [(number, kind, int(key)) for kind in CHOICES for key in found[kind]]
     if not rows:
+        tokens = max(each.tokens for each in met.values())
         raise CrosslensError(
-            f"None of the table's {len(triplets)} pairs meets on {plan.least} of {plan.positions} "
-            "positions of this source, so no effect can be measured. Give more text, or look at "
-            "pairs that meet less often (least)."
+            f"None of the table's {len(triplets)} pairs meets on {plan.least} of the {tokens} "
+            "tokens looked at, so no effect can be measured. Give more text (--tokens)."
         )
     n_latents = met[triplets.sites[0]].n_latents
     key_C = np.array([key for _, _, key in rows], np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -26,8 +26,9 @@ KINDS = (
     "saturation",
     "mixed",
 )
-"""Of pairs at an MLP, in the order in which they are tried; what meets no condition is `mixed`. A
-pair at a head is of none of them: see `binding`."""
+"""Of pairs at an MLP, in the order in which they are tried; what meets no condition is `mixed`."""
+HEAD_KINDS = ("binding", "mixed")
+"""Of pairs at a head: see `binding`."""
 
 LEAST_SPREAD = 0.01
 """Below this a deviation is taken to be this: of few triplets it may come out as 0 by chance."""
@@ -195,8 +196,14 @@ def by_kind(triplets: Triplets, kinds: Labels) -> dict[str, dict[str, float]]:
     found = {}
     for number, site in enumerate(triplets.sites):
         mine_C = triplets.site_C == number
-        product_C, kind_C = np.nan_to_num(triplets.product_C[mine_C]), kinds[mine_C]
-        whole = float(product_C.sum())
-        parts = {kind: float(product_C[kind_C == kind].sum()) for kind in KINDS}
-        found[site] = {kind: part / whole if whole else 0.0 for kind, part in parts.items()}
+        found[site] = shares_of(triplets.product_C[mine_C], kinds[mine_C], KINDS)
     return found
+
+
+def shares_of(product_C: Floats, kind_C: Labels, names: Sequence[str]) -> dict[str, float]:
+    """What pairs of each kind do (strength × frequency) of what all of them do, every name told;
+    all 0 where they do nothing."""
+    product_C = np.nan_to_num(product_C)
+    whole = float(product_C.sum())
+    parts = {name: float(product_C[kind_C == name].sum()) for name in names}
+    return {name: part / whole if whole else 0.0 for name, part in parts.items()}

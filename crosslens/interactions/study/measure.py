@@ -14,13 +14,14 @@ from crosslens.interactions.attention.measure import Attention, attention
 from crosslens.interactions.changes.measure import Changes, changes
 from crosslens.interactions.clusters.measure import Clusters, clusters
 from crosslens.interactions.effects.measure import Effects, effects
-from crosslens.interactions.neurons.effective import Effective
+from crosslens.interactions.neurons.effective import Effective, mlp_sites
 from crosslens.interactions.neurons.exact import SiteInteraction
 from crosslens.interactions.pairs.kinds import Labels, kinds
 from crosslens.interactions.pairs.measure import Pairs, measure_pairs
 from crosslens.interactions.pairs.screen import Screened, screen
 from crosslens.interactions.pairs.signatures import signatures
 from crosslens.interactions.pairs.table import Triplets
+from crosslens.interactions.study.offers import offering
 from crosslens.interactions.study.plan import DEFAULT, InteractPlan
 from crosslens.interactions.study.sites import (
     Sites,
@@ -61,7 +62,7 @@ class Interactions:
     changes: Changes | None = None
     """Between the first and the last model."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Parts that could not be measured though others could, and why."""
+    """What could not be measured though the rest could (parts, or `intervals`), and why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +129,7 @@ def interact(
         models=tuple(study.models),
         latents=coder.wiring.n_latents,
         documents=tuple(source.blocks.documents),
+        left_out=_no_intervals(source),
     )
     todo: dict[str, Callable[[], Any]] = {}
     if "mlp" in plan.parts:
@@ -152,6 +154,16 @@ def interact(
     return found
 
 
+def _no_intervals(source: Source) -> dict[str, str]:
+    documents = set(source.blocks.docs_NT.flatten().tolist()) - {-1}
+    if len(documents) > 1:
+        return {}
+    return {
+        "intervals": "They compare documents, and the text looked at is of one only. Give more text"
+        " (--tokens)."
+    }
+
+
 def _with(found: Interactions, part: str, measure: Callable[[], Any]) -> Interactions:
     try:
         return replace(found, **{part: measure()})
@@ -163,9 +175,13 @@ def _with(found: Interactions, part: str, measure: Callable[[], Any]) -> Interac
 
 
 def _mlps(study: _Study) -> _MLPs:
-    sites = chosen_sites(study.coder, study.models, study.plan.sites)
-    effectives = effectives_of(study.coder, study.models, sites)
-    model = next(iter(study.models.values()))
+    coder, models = study.coder, study.models
+    with offering(coder, models):
+        known = {name: mlp_sites(coder, model) for name, model in models.items()}
+    sites = chosen_sites(coder, known, study.plan.sites)
+    with offering(coder, models, sites):
+        effectives = effectives_of(coder, models, sites)
+    model = next(iter(models.values()))
     walks = Walks(study.source, study.coder, model, effectives, study.report)
     pairs = measure_pairs(walks, study.plan.pairs)
     triplets = signatures(walks(), pairs.triplets, study.plan.pairs.contexts)

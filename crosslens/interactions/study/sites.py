@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from crosslens.coder import Coder
 from crosslens.errors import UsageError, suggestion
-from crosslens.interactions.neurons.effective import Effective, effective, mlp_sites
+from crosslens.interactions.neurons.effective import Effective, effective
 from crosslens.lm import LanguageModel, split_site
 
 Sites = Mapping[str, tuple[str, ...]]
@@ -32,18 +32,16 @@ def chosen_models(
     return {name: known[name]}
 
 
-def chosen_sites(
-    coder: Coder, models: Mapping[str, LanguageModel], patterns: Sequence[str] = ()
-) -> dict[str, tuple[str, ...]]:
-    """Of each model, the sites that the coder writes before an MLP and that any pattern names.
+def chosen_sites(coder: Coder, known: Sites, patterns: Sequence[str] = ()) -> Sites:
+    """Of each model, the sites before an MLP that any pattern names.
 
     Args:
+        known: each model's `mlp_sites`.
         patterns: names or globs, with the model (`chat/resid_mid.*`) or without; empty for all.
 
     Raises:
-        UsageError: a pattern names none; or as `mlp_sites`.
+        UsageError: a pattern names none.
     """
-    known = {name: mlp_sites(coder, model) for name, model in models.items()}
     if not patterns:
         return known
     for pattern in patterns:
