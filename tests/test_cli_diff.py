@@ -188,3 +188,31 @@ def test_no_figure_is_not_a_number(diffed):
             assert math.isfinite(value)
 
     check(found)
+
+
+def test_a_run_over_three_models_has_a_timeline_beside_its_nulls(tmp_path, tiny_pair, capsys):
+    base, chat = tiny_pair.values()
+    out = tmp_path / "three"
+    assert main(["train", *flags({"base": base, "mid": base, "chat": chat}, out)]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(out), "--nulls", "self", "--baselines", "none", *QUICK]) == 0
+    told = capsys.readouterr().out
+    found = json.loads((out / "diff" / "diff.json").read_text())
+    table = load_table(out / "diff" / "latents.parquet")
+    record = json.loads((out / "diff" / "nulls" / "self" / "run.json").read_text())
+    assert [spec["path"] for spec in record["config"]["models"].values()] == [str(base)] * 3
+    beside = found["null"]["self"]["timeline"]["checkpoints"]
+    assert [each["model"] for each in beside] == ["base", "mid", "chat"]
+    for m, each in enumerate(found["timeline"]["checkpoints"]):
+        assert each["births"] == (table["birth"] == m).sum()
+        assert each["deaths"] == (table["death"] == m).sum()
+    assert found["timeline"]["unused"] == (table["birth"] == -1).sum()
+    used = (table["tokens"] >= 10) & ~table["near_start"]
+    assert ((table["birth"] == -1) == ~used).all()
+    (line,) = [line for line in told.splitlines() if line.startswith("  chat ")]
+    assert line.split()[1] == str(found["timeline"]["checkpoints"][2]["present"])
+    assert line.split()[3:] == [
+        str(side[2][what]) for side in (found["timeline"]["checkpoints"], beside)
+        for what in ("births", "deaths")
+    ]  # fmt: skip
+    assert "null: self born" in told

@@ -113,6 +113,7 @@ def table(found: Mapping[str, Any]) -> str:
         _classes(found),
         _causal(found),
         _planted(found),
+        _timeline(found),
         _baselines(found),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -176,6 +177,28 @@ def _planted(found: Mapping[str, Any]) -> str:
             f"  rate with whole activations exchanged at {', '.join(through['sites'])}: {b} with "
             f"{a}'s {through['b_with_a']:.2f}, {a} with {b}'s {through['a_with_b']:.2f}"
         )
+    return "\n".join(lines)
+
+
+def _timeline(found: Mapping[str, Any]) -> str:
+    """A line for each model after the first: births and deaths, beside those of the nulls."""
+    if found["timeline"] is None:
+        return ""
+    sides = {"": found, **{f"null: {name} ": each for name, each in found["null"].items()}}
+    courses = {
+        name: each["timeline"]["checkpoints"] for name, each in sides.items() if each["timeline"]
+    }
+    first, *later = courses[""]
+    heads = [f"{name}{what}" for name in courses for what in ("born", "gone")]
+    lines = [
+        f"through the models from {first['model']}, which has {first['present']:,} latents in use",
+        f"  {'':<16}{'present':>9}{'cosine':>8}" + "".join(f"  {head:>6}" for head in heads),
+    ]
+    for m, each in enumerate(later, 1):
+        turned = "–" if each["turned"] is None else f"{each['turned']['mean_cosine']:.3f}"
+        ends = [side[m][what] for side in courses.values() for what in ("births", "deaths")]
+        told = "".join(f"  {n:>{max(6, len(h))}}" for n, h in zip(ends, heads, strict=True))
+        lines.append(f"  {each['model']:<16}{each['present']:>9,}{turned:>8}{told}")
     return "\n".join(lines)
 
 
