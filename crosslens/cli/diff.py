@@ -114,6 +114,7 @@ def table(found: Mapping[str, Any]) -> str:
         _causal(found),
         _planted(found),
         _timeline(found),
+        _seeds(found),
         _baselines(found),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -199,6 +200,23 @@ def _timeline(found: Mapping[str, Any]) -> str:
         ends = [side[m][what] for side in courses.values() for what in ("births", "deaths")]
         told = "".join(f"  {n:>{max(6, len(h))}}" for n, h in zip(ends, heads, strict=True))
         lines.append(f"  {each['model']:<16}{each['present']:>9,}{turned:>8}{told}")
+    return "\n".join(lines)
+
+
+def _seeds(found: Mapping[str, Any]) -> str:
+    """In how many other runs the exclusive latents come again, beside what chance would give."""
+    stability = found["stability"]
+    if stability is None:
+        return ""
+    others = stability["runs"] - 1
+    heads = "".join(f"{f'in {k}':>9}" for k in range(stability["runs"]))
+    title = f"exclusive again in {others} other run{'s' if others > 1 else ''}"
+    lines = [f"{title:<32}{heads}"]
+    for kind, each in stability["recurrence"].items():
+        counts = "".join(f"{n:>9}" for n in each["counts"])
+        chance = "".join(f"{n:>9.2f}" for n in each["random_labels"])
+        named = f"  {kind}, {each['exclusive']} in use"
+        lines += [f"{named:<32}{counts}", f"{'    with labels dealt at random':<32}{chance}"]
     return "\n".join(lines)
 
 
