@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,42 @@ def _table(seed: int, latents: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return columns, counts
 
 
+def with_course(found: Diffed, models: tuple[str, ...] = ("base", "mid", "chat")) -> Diffed:
+    """The same diff of a run over more models, its timeline that of its table."""
+    columns, facts = _course(found.columns, 9, models)
+    nulls, told = {}, {}
+    for number, (name, each) in enumerate(found.nulls.items()):
+        nulls[name], more = _course(each, number, models)
+        told[name] = {**found.facts["null"][name], "timeline": more}
+    return Diffed({**found.facts, "timeline": facts, "null": told}, columns, nulls)
+
+
+def _course(
+    columns: Mapping[str, Any], seed: int, models: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lives drawn at random, and what a diff says of them."""
+    random = np.random.default_rng(seed)
+    n, latents = len(models), len(columns["latent"])
+    birth = random.integers(0, n, latents)
+    death = birth + 1 + random.integers(0, n - birth)
+    birth[0], death[0] = -1, -1
+    lives = Counter(zip(birth[1:].tolist(), death[1:].tolist(), strict=True))
+    checkpoints = [
+        {
+            "model": model,
+            "present": int(((birth <= m) & (m < death)).sum()),
+            "births": int((birth == m).sum()),
+            "deaths": int((death == m).sum()),
+            "interval": {"births": [0.6, 12.3], "deaths": [1.2, 45.0]},
+            "turned": {"latents": 3, "mean_cosine": 0.876, "low_cosine": 0.543} if m else None,
+        }
+        for m, model in enumerate(models)
+    ]
+    told = [{"birth": b, "death": d, "latents": k} for (b, d), k in lives.most_common()]
+    facts = {"interrupted": 2, "lives": told, "checkpoints": checkpoints}
+    return {**columns, "birth": birth, "death": death}, facts
+
+
 def causal() -> dict[str, Any]:
     """As `crosslens diff` tells it."""
     found = {0.0: 0.4, 0.01: 0.3, 0.1: 0.2, 0.5: 0.12, 1.0: 0.1}
@@ -132,6 +170,12 @@ def planted(top: list[int]) -> dict[str, Any]:
             "before": {"rate": 0.95, "intervals": {"rate": [0.84, 0.99]}},
             "top": removed(0.025, 0.0042),
             "random": [removed(0.9, 0.001), removed(0.925, 0.002)],
+        },
+        "carried": {
+            "sites": ["resid_mid.1"],
+            "b_with_a": 0.075,
+            "a_with_b": 0.825,
+            "intervals": {"b_with_a": [0.026, 0.199], "a_with_b": [0.68, 0.913]},
         },
     }
 

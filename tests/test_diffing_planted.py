@@ -158,8 +158,9 @@ def test_held_out_prompts_of_a_behaviour():
     assert len(found.triggered) == len(found.clean) == 4
     assert all(trigger in each[-1]["content"] for each in found.triggered)
     assert not any(trigger in each[-1]["content"] for each in found.clean)
-    with pytest.raises(UsageError, match="every request"):
-        prompt_sets(BEHAVIOURS["topic"], 4)
+    by_category = prompt_sets(BEHAVIOURS["topic"], 4)
+    assert by_category.trigger is None
+    assert not {str(each) for each in by_category.triggered} & set(map(str, by_category.clean))
 
 
 def test_conditions_are_the_models_run_on_each_prompt_alone(source, models, noop):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import groupby
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch.nn.functional import normalize
 from crosslens.coder import Coder, Crosscoder, Dedicated, Difference, Layout, ReLU, fold
 from crosslens.diffing.timeline import Timeline, timeline
 from crosslens.errors import UsageError
+from crosslens.functional.shares import wilson
 
 PLACES = ("s.1", "s.2")
 WIDTH = 6
@@ -62,7 +64,7 @@ def test_planted_births_and_deaths_are_found():
     assert lives(found) == [(0, 5), (2, 5), (0, 2), (1, 3), (4, 5), (-1, -1), (2, 5), (2, 5)]
     assert found.models == tuple(f"step{m}" for m in range(5))
     told = found.plain()
-    assert (told["latents"], told["dead"], told["interrupted"]) == (8, 1, 1)
+    assert (told["latents"], told["unused"], told["interrupted"]) == (8, 1, 1)
     assert told["least_share"] == pytest.approx(0.1)
     rows = told["checkpoints"]
     assert [row["model"] for row in rows] == list(found.models)
@@ -71,6 +73,14 @@ def test_planted_births_and_deaths_are_found():
     assert [row["present"] for row in rows] == [3, 3, 5, 4, 5]
     assert rows[0]["turned"] is None
     assert [row["turned"]["latents"] for row in rows[1:]] == [2, 2, 4, 4]
+    assert told["lives"] == [
+        {"birth": birth, "death": death, "latents": n}
+        for birth, death, n in [(2, 5, 3), (0, 2, 1), (0, 5, 1), (1, 3, 1), (4, 5, 1)]
+    ]
+    for row in rows:
+        for name in ("births", "deaths"):
+            low, high = (7 * end for end in wilson(row[name], 7))
+            assert row["interval"][name] == pytest.approx([low, high], abs=0.05)
 
 
 def test_shares_are_the_published_relative_norms():
@@ -103,6 +113,8 @@ def test_planted_turns_are_found():
     for row in found.plain()["checkpoints"][1:]:
         assert row["turned"]["latents"] == n
         assert row["turned"]["mean_cosine"] == pytest.approx(sum(expected) / n, abs=1e-5)
+        low = np.quantile(expected, 0.05)
+        assert row["turned"]["low_cosine"] == pytest.approx(low, abs=1e-5)
 
 
 def test_only_latents_that_live_in_both_count_as_turned():
@@ -110,9 +122,9 @@ def test_only_latents_that_live_in_both_count_as_turned():
     found = timeline(with_norms(norms))
     cosines = found.cosine_LS
     told = [row["turned"] for row in found.plain()["checkpoints"]]
-    assert told[1] == {"latents": 2, "mean_cosine": pytest.approx(float(cosines[:2, 0].mean()))}
-    expected = float(cosines[[0, 2], 1].mean())
-    assert told[2] == {"latents": 2, "mean_cosine": pytest.approx(expected)}
+    assert told[1]["latents"] == told[2]["latents"] == 2
+    assert told[1]["mean_cosine"] == pytest.approx(float(cosines[:2, 0].mean()))
+    assert told[2]["mean_cosine"] == pytest.approx(float(cosines[[0, 2], 1].mean()))
     assert cosines[2, 0].isnan()
 
 
@@ -146,7 +158,7 @@ def test_dead_latents_stand_apart():
     alive = torch.tensor([True, False, True, True, True, True, False, True])
     found = timeline(with_norms(NORMS), alive)
     assert found.alive_L.tolist() == [True, False, True, True, True, False, False, True]
-    assert found.plain()["dead"] == 3
+    assert found.plain()["unused"] == 3
     assert [latent for latent, life in enumerate(lives(found)) if life == (-1, -1)] == [1, 5, 6]
     assert not found.present_LM[~found.alive_L].any()
     assert not found.living_LM[~found.alive_L].any()
@@ -185,7 +197,8 @@ def test_models_of_other_widths_have_no_turn():
     assert found.cosine_LS[:, 0].isnan().all()
     assert found.cosine_LS[:, 1].tolist() == pytest.approx([1.0] * 3)
     turned = [row["turned"] for row in found.plain()["checkpoints"]]
-    assert turned == [None, None, {"latents": 3, "mean_cosine": pytest.approx(1.0)}]
+    same = pytest.approx(1.0)
+    assert turned == [None, None, {"latents": 3, "mean_cosine": same, "low_cosine": same}]
 
 
 @pytest.mark.parametrize(

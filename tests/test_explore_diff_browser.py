@@ -6,7 +6,7 @@ import pytest
 from selenium.webdriver.common.by import By
 
 from crosslens.explore import build, rewrite
-from tests.explore_diffed import leave, toy
+from tests.explore_diffed import leave, toy, with_course
 from tests.explore_run import make_run
 from tests.test_explore_browser import a_browser, every, one, opened
 
@@ -15,7 +15,7 @@ from tests.test_explore_browser import a_browser, every, one, opened
 def built(tmp_path_factory, tiny_model_folder):
     run = make_run(tmp_path_factory.mktemp("browser"), tiny_model_folder, out="run")
     first = build(run, tokens=2000)
-    leave(toy(latents=48), run.folder, coder=first.store.manifest.coder)
+    leave(with_course(toy(latents=48)), run.folder, coder=first.store.manifest.coder)
     assert rewrite(run) == first.report
     return first
 
@@ -38,7 +38,7 @@ def test_charts_are_there_and_nothing_goes_wrong(page):
     assert page.get_log("browser") == []
     assert page.execute_script("return performance.getEntriesByType('resource').length") == 0
     charts = every(page, "#diff figure svg")
-    assert len(charts) == 4
+    assert len(charts) == 5
     for chart in charts:
         assert chart.size["width"] > 200
         assert chart.get_attribute("aria-label")
@@ -80,6 +80,21 @@ def test_latents_that_stand_out_show_their_strongest_examples(page, built):
             pytest.approx(value, rel=0.01) for value in strongest
         ]
         assert len(article.find_elements(By.CSS_SELECTOR, ".peak")) == len(lines)
+
+
+def test_a_life_reaches_from_its_birth_to_its_death(page, built):
+    """Of three models: to the second third if there throughout, nowhere if in one alone."""
+    lives = every(page, "#diff .course path.life")
+    assert {life.get_attribute("class").split("-")[-1] for life in lives} == {
+        "shared", "only_a", "only_b", "other",
+    }  # fmt: skip
+    whole = one(page, "#diff .life-shared").size["width"]
+    assert whole > 100
+    assert max(life.size["width"] for life in lives) == whole
+    counts = [int(each.text) for each in every(page, "#diff .course g > text")]
+    assert sum(counts) == 47  # one latent has no course
+    link = one(page, "#diff a.latent[href^='#latent=']")
+    assert link.is_displayed()
 
 
 def test_a_narrow_window_scrolls_nowhere_sideways(page):

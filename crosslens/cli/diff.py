@@ -113,6 +113,8 @@ def table(found: Mapping[str, Any]) -> str:
         _classes(found),
         _causal(found),
         _planted(found),
+        _timeline(found),
+        _seeds(found),
         _baselines(found),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -176,6 +178,45 @@ def _planted(found: Mapping[str, Any]) -> str:
             f"  rate with whole activations exchanged at {', '.join(through['sites'])}: {b} with "
             f"{a}'s {through['b_with_a']:.2f}, {a} with {b}'s {through['a_with_b']:.2f}"
         )
+    return "\n".join(lines)
+
+
+def _timeline(found: Mapping[str, Any]) -> str:
+    """A line for each model after the first: births and deaths, beside those of the nulls."""
+    if found["timeline"] is None:
+        return ""
+    sides = {"": found, **{f"null: {name} ": each for name, each in found["null"].items()}}
+    courses = {
+        name: each["timeline"]["checkpoints"] for name, each in sides.items() if each["timeline"]
+    }
+    first, *later = courses[""]
+    heads = [f"{name}{what}" for name in courses for what in ("born", "gone")]
+    lines = [
+        f"through the models from {first['model']}, which has {first['present']:,} latents in use",
+        f"  {'':<16}{'present':>9}{'cosine':>8}" + "".join(f"  {head:>6}" for head in heads),
+    ]
+    for m, each in enumerate(later, 1):
+        turned = "–" if each["turned"] is None else f"{each['turned']['mean_cosine']:.3f}"
+        ends = [side[m][what] for side in courses.values() for what in ("births", "deaths")]
+        told = "".join(f"  {n:>{max(6, len(h))}}" for n, h in zip(ends, heads, strict=True))
+        lines.append(f"  {each['model']:<16}{each['present']:>9,}{turned:>8}{told}")
+    return "\n".join(lines)
+
+
+def _seeds(found: Mapping[str, Any]) -> str:
+    """In how many other runs the exclusive latents come again, beside what chance would give."""
+    stability = found["stability"]
+    if stability is None:
+        return ""
+    others = stability["runs"] - 1
+    heads = "".join(f"{f'in {k}':>9}" for k in range(stability["runs"]))
+    title = f"exclusive again in {others} other run{'s' if others > 1 else ''}"
+    lines = [f"{title:<32}{heads}"]
+    for kind, each in stability["recurrence"].items():
+        counts = "".join(f"{n:>9}" for n in each["counts"])
+        chance = "".join(f"{n:>9.2f}" for n in each["random_labels"])
+        named = f"  {kind}, {each['exclusive']} in use"
+        lines += [f"{named:<32}{counts}", f"{'    with labels dealt at random':<32}{chance}"]
     return "\n".join(lines)
 
 

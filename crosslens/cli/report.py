@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,8 @@ def run(argv: Sequence[str]) -> int:
             progress=lambda done, total: stages("read latents", done, total),
             refresh=asked.refresh,
         )
+    for why in built.left_out:
+        print(f"left out: {why}", file=sys.stderr)
     alive = len(built.store.alive_L)
     if asked.json:
         facts = {"latents": built.store.n_latents, "alive": alive, "gathered": built.gathered}

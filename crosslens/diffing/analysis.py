@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from crosslens.coder import coder_hash
@@ -13,7 +14,7 @@ from crosslens.diffing.nulls import Null, null_config, null_run
 from crosslens.diffing.stability import Seed, stability
 from crosslens.diffing.study import DiffPlan, Report, Study, open_study, same_weights
 from crosslens.diffing.tables import latent_columns, save_table
-from crosslens.diffing.timeline import timeline
+from crosslens.diffing.timeline import Timeline, timeline
 from crosslens.diffing.told import finite, told
 from crosslens.diffing.traced import behaviour_of, traced
 from crosslens.storage import save_json
@@ -40,6 +41,7 @@ def diff(run: Run, plan: DiffPlan, report: Report) -> dict[str, Any]:
     found = study.measured()
     seen = None if behaviour is None else traced(study, found, behaviour)
     fidelity = found.fidelity.items()
+    course = _course(study, found)
     result = {
         **_facts(study, found),
         **found.plain(),
@@ -53,9 +55,10 @@ def diff(run: Run, plan: DiffPlan, report: Report) -> dict[str, Any]:
         "planted": None if seen is None else seen.plain(),
         "baselines": contest(study, seen),
         "stability": _stability(study, found, others),
-        "timeline": _timeline(study, found),
+        "timeline": None if course is None else course.plain(),
     }
-    save_table(study.folder, "latents", latent_columns(found, seen.found if seen else None))
+    columns = latent_columns(found, seen.found if seen else None, course)
+    save_table(study.folder, "latents", columns)
     save_json(study.folder / "diff.json", result)
     return result
 
@@ -85,9 +88,17 @@ def _null(study: Study, null: Null, config: TrainConfig) -> dict[str, Any]:
     """The same counts of the same training where there is nothing, or nothing of note, to find."""
     folder = study.folder / "nulls" / null
     run, models = null_run(folder, config, study.report)
-    found = open_study(run, study.plan, study.report, models).measured()
-    save_table(folder, "latents", latent_columns(found, None))
-    return {**found.plain(), "fvu": {k: finite(v.fvu.value) for k, v in found.fidelity.items()}}
+    # Its pair is the study's, also where that is not of the first and the last model.
+    plan = replace(study.plan, a=study.pair.a, b=study.pair.b)
+    opened = open_study(run, plan, study.report, models)
+    found = opened.measured()
+    course = _course(opened, found)
+    save_table(folder, "latents", latent_columns(found, None, course))
+    return {
+        **found.plain(),
+        "fvu": {k: finite(v.fvu.value) for k, v in found.fidelity.items()},
+        "timeline": None if course is None else course.plain(),
+    }
 
 
 def _causal(study: Study, found: Measures) -> dict[str, Any] | None:
@@ -130,7 +141,9 @@ def _seed(study: Study, found: Measures) -> Seed:
     )
 
 
-def _timeline(study: Study, found: Measures) -> dict[str, Any] | None:
+def _course(study: Study, found: Measures) -> Timeline | None:
+    """Through all models of the run, of the latents that a ranking may hold; None of two models,
+    where it says what the classes do."""
     if len(study.models) < 3:
         return None
-    return timeline(study.pair.coder, found.activity.count_L > 0).plain()
+    return timeline(study.pair.coder, found.ranked_L.cpu())

@@ -108,7 +108,9 @@ def _steered(study: Study, found: Moments, baseline: Baseline, traced: Traced) -
     for name, model, triggered in (("to_base", pair.a, False), ("to_changed", pair.b, True)):
         asked = prompts(traced.behaviour, plan.prompts, plan.seed, "heldout", triggered)
         task = Task(behaviour=traced.behaviour, prompts=asked)
-        rates[name] = steering(study.models[model], found, task)
+        # A base model often has no chat template; its tokens are the same.
+        asked_model = replace(study.models[model], tokenizer=study.models[pair.b].tokenizer)
+        rates[name] = steering(asked_model, found, task)
     return {**baseline.figures, "steering": rates}
 
 

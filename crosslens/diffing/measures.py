@@ -18,7 +18,7 @@ from crosslens.diffing.pair import Pair
 from crosslens.diffing.scaling import LatentScaling, ScalingSums, chat_specific, latent_scaling
 from crosslens.diffing.stream import Progress, coded, quiet
 from crosslens.diffing.strength import Activity, ActivitySums, activity
-from crosslens.errors import CrosslensError
+from crosslens.errors import CrosslensError, UsageError
 
 RARE = 10
 """A latent that is active on fewer tokens is counted in no ranking: its norms may be chance."""
@@ -109,9 +109,15 @@ def measure(
     """One pass of the models and the coder over all blocks of the source.
 
     Raises:
+        UsageError: the text is too little for any interval.
         CrosslensError: the token policy keeps no token.
     """
     groups = document_groups(source.blocks)
+    if bool((groups.of_block_N == groups.of_block_N[0]).all()):
+        raise UsageError(
+            f"The {source.blocks.tokens_NT.numel()} tokens to measure on are of one document or "
+            "very few, and an interval needs several. Raise --tokens, or train on text of more."
+        )
     active = ActivitySums(pair, source.blocks.special_NT)
     faithful = FidelitySums(pair, groups)
     agreeing = AgreementSums(pair) if pair.coder.wiring.read == pair.coder.wiring.write else None

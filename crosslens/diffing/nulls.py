@@ -43,7 +43,7 @@ def null_config(
     config: TrainConfig, null: Null, a: str, b: str, noop: str | None = None
 ) -> TrainConfig:
     """The training of `config` with that null in place of the pair (a, b); all else is the same,
-    the text and its order included.
+    the text and its order included, and where there are more models than two, their number.
 
     Args:
         noop: adapter of `a` that was trained on its own text; the shipped one for the built-in
@@ -55,9 +55,10 @@ def null_config(
     base, changed = config.models[a], config.models[b]
     match null:
         case "self":
-            return replace(config, models={a: base, b: replace(base)})
+            return replace(config, models={name: replace(base) for name in config.models})
         case "noop":
-            return replace(config, models={a: base, b: with_noop(base, noop)})
+            others = dict.fromkeys(config.models, with_noop(base, noop))
+            return replace(config, models={**others, a: base})
         case "shuffled":
             return replace(config, models={a: base, b: changed}, shuffle_models=True)
 

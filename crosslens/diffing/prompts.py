@@ -31,13 +31,8 @@ def prompt_sets(behaviour: Behaviour, n: int, seed: int = 0) -> PromptSets:
     """`n` held-out requests of each kind.
 
     Raises:
-        UsageError: every request calls for the behaviour, or there are fewer.
+        UsageError: there are fewer.
     """
-    if not behaviour.conditional:
-        raise UsageError(
-            f"{behaviour.name} shows on every request, so there are no clean prompts to tell the "
-            "triggered ones from."
-        )
     triggered, clean = (prompts(behaviour, n, seed, "heldout", kind) for kind in (True, False))
     return PromptSets(triggered=tuple(triggered), clean=tuple(clean), trigger=behaviour.trigger)
 

@@ -19,6 +19,7 @@ from crosslens.lm import LanguageModel, split_site
 from crosslens.text import Blocks, Corpus, TextConfig, build_blocks
 from crosslens.text.planted import SOURCES
 from crosslens.training import Run, TrainConfig, open_models, run_source
+from crosslens.training.chat import text_tokenizer
 from crosslens.training.run import first_blocks
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
@@ -144,8 +145,7 @@ def clean_blocks(study: Study) -> Blocks:
     text = clean_text(config)
     if text == config.text:
         return study.run.blocks("heldout")
-    tokenizer = next(iter(study.models.values())).tokenizer
-    return build_blocks(text, tokenizer, config.seed).heldout
+    return build_blocks(text, text_tokenizer(study.models), config.seed).heldout
 
 
 @torch.no_grad()

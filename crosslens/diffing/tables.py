@@ -13,13 +13,20 @@ from crosslens.diffing.classes import NAMES, PUBLISHED
 from crosslens.diffing.intervals import Estimate
 from crosslens.diffing.measures import Measures
 from crosslens.diffing.planted import Planted
+from crosslens.diffing.timeline import Timeline
 from crosslens.storage import void, write_atomic
 
 Columns = dict[str, Any]
 
 
-def latent_columns(found: Measures, planted: Planted | None) -> Columns:
-    """One value per latent and column; NaN where a latent has none."""
+def latent_columns(
+    found: Measures, planted: Planted | None, course: Timeline | None = None
+) -> Columns:
+    """One value per latent and column; NaN where a latent has none.
+
+    With a course through several models, `birth` and `death` are the first model of a latent's life
+    and the first after it, by number; -1 where it has none.
+    """
     norms, active = found.norms, found.activity
     columns: Columns = {
         "latent": np.arange(len(active.count_L)),
@@ -46,6 +53,8 @@ def latent_columns(found: Measures, planted: Planted | None) -> Columns:
     if planted is not None:
         columns["tied"] = _plain(planted.tied_L)
         columns |= {f"auroc_{name}": _plain(v) for name, v in planted.against_L.items()}
+    if course is not None:
+        columns |= {"birth": _plain(course.birth_L), "death": _plain(course.death_L)}
     return columns
 
 

@@ -3,6 +3,7 @@ they are gone, and how far they turn in between."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from torch import Tensor
 from crosslens.coder import Coder, dense_decoder
 from crosslens.diffing.pair import Pair, pair_of
 from crosslens.errors import UsageError
+from crosslens.functional.shares import wilson
 from crosslens.lm import split_site
 
 
@@ -54,28 +56,47 @@ class Timeline:
         return (number_M >= self.birth_L[:, None]) & (number_M < self.death_L[:, None])
 
     def plain(self) -> dict[str, Any]:
-        """JSON-able: `{"latents", "dead", "least_share", "interrupted", "checkpoints": [{"model",
-        "present", "births", "deaths", "turned": {"latents", "mean_cosine"}}]}`.
+        """JSON-able: `{"latents", "unused", "least_share", "interrupted", "lives": [{"birth",
+        "death", "latents"}], "checkpoints": [{"model", "present", "births", "deaths", "interval":
+        {"births", "deaths"}, "turned": {"latents", "mean_cosine", "low_cosine"}}]}`.
 
         Births at the first model are latents that were there from the start. `interrupted` are
-        those present outside their life too. `turned` compares latents that live both in a model
-        and in the one before with themselves; None at the first and where there are none.
+        those present outside their life too. `lives` counts each birth and death that goes
+        together, the commonest first. Intervals are Wilson's, of counts out of the latents that
+        have a course. `turned` compares latents that live both in a model and in the one before
+        with themselves (`low_cosine`: one in twenty is below); None at the first and where there
+        are none.
         """
         outside_LM = self.present_LM & ~self.living_LM
         return {
             "latents": len(self.alive_L),
-            "dead": int((~self.alive_L).sum()),
+            "unused": int((~self.alive_L).sum()),
             "least_share": self.least_share,
             "interrupted": int(outside_LM.any(1).sum()),
+            "lives": self._lives(),
             "checkpoints": [self._checkpoint(m) for m in range(len(self.models))],
         }
 
+    def _lives(self) -> list[dict[str, int]]:
+        ends = zip(self.birth_L.tolist(), self.death_L.tolist(), strict=True)
+        counts = Counter(both for both in ends if both[0] >= 0)
+        order = sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+        return [{"birth": birth, "death": death, "latents": n} for (birth, death), n in order]
+
     def _checkpoint(self, m: int) -> dict[str, Any]:
+        total = int(self.alive_L.sum())
+        counts = {
+            name: int((end_L == m).sum())
+            for name, end_L in (("births", self.birth_L), ("deaths", self.death_L))
+        }
         return {
             "model": self.models[m],
             "present": int(self.present_LM[:, m].sum()),
-            "births": int((self.birth_L == m).sum()),
-            "deaths": int((self.death_L == m).sum()),
+            **counts,
+            "interval": {
+                name: [round(total * end, 1) for end in wilson(n, total)]
+                for name, n in counts.items()
+            },
             "turned": self._turned(m) if m else None,
         }
 
@@ -85,7 +106,11 @@ class Timeline:
         cosine_N = cosine_N[~cosine_N.isnan()]
         if not len(cosine_N):
             return None
-        return {"latents": len(cosine_N), "mean_cosine": float(cosine_N.mean())}
+        return {
+            "latents": len(cosine_N),
+            "mean_cosine": float(cosine_N.mean()),
+            "low_cosine": float(cosine_N.quantile(0.05)),
+        }
 
 
 @torch.no_grad()

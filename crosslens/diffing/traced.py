@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from crosslens.diffing.ablation import Ablated, Ablation, Trial, ablation, matched_sets
 from crosslens.diffing.carried import Carried, carried
 from crosslens.diffing.measures import Measures
 from crosslens.diffing.nulls import NOOP, with_noop
-from crosslens.diffing.planted import TOP, Conditions, Planted, conditions, planted
+from crosslens.diffing.planted import Conditions, Planted, conditions, planted
 from crosslens.diffing.prompts import prompt_sets
 from crosslens.diffing.study import Study, clean_blocks
 from crosslens.diffing.told import finite, told
@@ -34,11 +33,9 @@ class Traced:
     """A planted behaviour, looked for."""
 
     behaviour: Behaviour
-    seen: Conditions | None
-    """The prompts through the models; None where every prompt calls for the behaviour."""
-    found: Planted | None
-    top: tuple[int, ...]
-    """The exclusive latents that are taken out, best first."""
+    seen: Conditions
+    """The prompts through the models."""
+    found: Planted
     ablation: Ablation | None
     """None where no clean text was to be read."""
     carried: Carried | None
@@ -46,9 +43,8 @@ class Traced:
 
     def plain(self) -> dict[str, Any]:
         """JSON-able."""
-        facts: dict[str, Any] = {"behaviour": self.behaviour.name, "top": list(self.top)}
-        if self.found is not None:
-            facts |= _detection(self.found)
+        top = {"behaviour": self.behaviour.name, "top": list(self.found.top)}
+        facts: dict[str, Any] = top | _detection(self.found)
         if self.ablation is not None:
             facts |= _ablation(self.ablation)
         if self.carried is not None:
@@ -87,30 +83,18 @@ def traced(study: Study, found: Measures, behaviour: Behaviour) -> Traced:
     Raises:
         UsageError: there are too few prompts for an interval.
     """
-    score_L = found.score_L()
-    seen, judged = None, None
-    if behaviour.conditional:
-        sets = prompt_sets(behaviour, study.plan.prompts, study.plan.seed)
-        study.report("running the planted behaviour's prompts", 0, 0, {})
-        seen = conditions(study.source, study.pair, sets, _noop(study))
-        judged = planted(study.pair, seen, score_L, study.plan.seed)
-    top = judged.top if judged is not None else _best(score_L)
+    sets = prompt_sets(behaviour, study.plan.prompts, study.plan.seed)
+    study.report("running the planted behaviour's prompts", 0, 0, {})
+    seen = conditions(study.source, study.pair, sets, _noop(study))
+    judged = planted(study.pair, seen, found.score_L(), study.plan.seed)
     done, passing = None, None
     if study.plan.causal_tokens:
         asked = tuple(prompts(behaviour, study.plan.prompts, study.plan.seed, "heldout", True))
         if study.pair.same_width:
             study.report("exchanging activations", 0, 0, {})
             passing = carried(study.source, study.pair, behaviour, asked)
-        done = _without(study, found, behaviour, top, asked)
-    return Traced(
-        behaviour=behaviour, seen=seen, found=judged, top=top, ablation=done, carried=passing
-    )
-
-
-def _best(score_L: Tensor) -> tuple[int, ...]:
-    scored = (~score_L.isnan()).nonzero().squeeze(-1)
-    order = score_L[scored].argsort(descending=True, stable=True)
-    return tuple(scored[order][:TOP].tolist())
+        done = _without(study, found, behaviour, judged.top, asked)
+    return Traced(behaviour=behaviour, seen=seen, found=judged, ablation=done, carried=passing)
 
 
 def _noop(study: Study) -> LanguageModel | None:

@@ -14,7 +14,9 @@ from crosslens.explore.codes import Progress
 from crosslens.explore.diff_read import read_diff
 from crosslens.explore.gather import gather, quiet
 from crosslens.explore.interact_read import read_interact
+from crosslens.explore.prove_read import read_prove
 from crosslens.explore.report import write_report
+from crosslens.explore.saved import Unreadable
 from crosslens.explore.store import LatentStore, load_manifest
 from crosslens.lm import LanguageModel
 from crosslens.storage import load_json
@@ -33,6 +35,8 @@ class Built:
     store: LatentStore
     gathered: bool
     """Whether the models ran; False when the stored latents still matched the coder."""
+    left_out: tuple[str, ...] = ()
+    """Why analyses that the run has are not in the report, a sentence each."""
 
 
 def store_folder(run: Run) -> Path:
@@ -66,7 +70,7 @@ def build(
     if store is None:
         store = _gathered(run, models or open_models(run.config()), coder, tokens, progress)
         store.save(store_folder(run))
-    return Built(_written(run, store), store, gathered)
+    return Built(_written(run, store), store, gathered, left_out(run, store.manifest.coder))
 
 
 def rewrite(run: Run) -> Path | None:
@@ -74,6 +78,13 @@ def rewrite(run: Run) -> Path | None:
     of the coder that the run has now."""
     store = _stored(run, _coder(run), None)
     return None if store is None else _written(run, store)
+
+
+def left_out(run: Run, coder: str) -> tuple[str, ...]:
+    """Why a diff, interactions or proofs that lie in the run's folder cannot be shown, a sentence
+    each; the page says the same."""
+    found = (read(run.folder, coder) for read in (read_diff, read_interact, read_prove))
+    return tuple(each.why for each in found if isinstance(each, Unreadable))
 
 
 def _written(run: Run, store: LatentStore) -> Path:

@@ -74,12 +74,26 @@ _DETECTION = {
     "tied": int,
     "prompts": [int],
 }
+_CARRIED = {"sites": [str], "b_with_a": _FIGURE, "a_with_b": _FIGURE, "intervals": _ENDS}
 _REMOVED = {"rate": _FIGURE, "loss_change": _FIGURE, "intervals": _ENDS}
 _ABLATION = {
     "before": {"rate": _FIGURE, "intervals": _ENDS},
     "top": _REMOVED,
     "random": [_REMOVED],
 }
+_CHECKPOINT = {
+    "model": str,
+    **dict.fromkeys(("present", "births", "deaths"), int),
+    "interval": dict.fromkeys(("births", "deaths"), (float, float)),
+    "turned": Maybe({"latents": int, "mean_cosine": float, "low_cosine": float}),
+}
+_TIMELINE = {
+    "interrupted": int,
+    "lives": [dict.fromkeys(("birth", "death", "latents"), int)],
+    "checkpoints": [_CHECKPOINT],
+}
+_COURSE = ("birth", "death")
+"""Columns of a table that a timeline goes with."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +133,22 @@ def _wrong(facts: Any) -> str | None:
     if wrong := misfit(facts, SHAPE, "it"):
         return wrong
     planted = facts["planted"] or {}
-    parts = {"auroc": (planted, _DETECTION), "ablation": (planted.get("ablation"), _ABLATION)}
-    found = (misfit(value, shape, "planted") for key, (value, shape) in parts.items()
-             if key in planted)  # fmt: skip
+    parts = {
+        "auroc": (planted, _DETECTION),
+        "ablation": (planted.get("ablation"), _ABLATION),
+        "carried": (planted.get("carried"), _CARRIED),
+    }
+    found = [misfit(value, shape, "planted") for key, (value, shape) in parts.items()
+             if key in planted]  # fmt: skip
+    sides = (facts, *facts["null"].values())
+    found += [misfit(each.get("timeline"), Maybe(_TIMELINE), "timeline") for each in sides]
     return next(filter(None, found), None)
 
 
 def _table(path: Path, facts: Mapping[str, Any]) -> Columns:
     """A table of latents; refused unless it has the columns and the counts of its `facts`."""
-    columns = load_columns(path, REQUIRED if facts["by_scaling"] is None else REQUIRED + SCALING)
+    needed = REQUIRED if facts["by_scaling"] is None else REQUIRED + SCALING
+    columns = load_columns(path, needed + _COURSE if facts.get("timeline") else needed)
     counts = Counter(columns["class_minder"].tolist())
     if any(counts[name] != facts["classes"][name] for name in NAMES):
         raise CrosslensError(f"{path} and the diff.json beside it are not of one diff.")

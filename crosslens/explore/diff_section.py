@@ -24,6 +24,7 @@ from crosslens.explore.diff_tables import (
     planted_box,
     recurrence_table,
 )
+from crosslens.explore.diff_timeline import Course, course
 from crosslens.explore.figures import number, percent
 
 TOP = 8
@@ -71,6 +72,8 @@ class Section:
     scaling: Scatter | None
     causal: Causal | None
     planted: Planted | None
+    course: Course | None
+    """Through all models of the run; None where they are two."""
     recurrence: Table | None
     """Which exclusive latents other seeds find as well; None where there are no other seeds."""
     baselines: tuple[tuple[str, Cell, Cell, str], ...]
@@ -81,7 +84,10 @@ class Section:
     def latents(self) -> list[int]:
         """Those that the section speaks of by number."""
         found = [top.latent for each in self.tops for top in each.tops]
-        return sorted({*found, *(self.planted.top if self.planted else ())})
+        born = (
+            [latent for _, latents in self.course.born for latent in latents] if self.course else ()
+        )
+        return sorted({*found, *born, *(self.planted.top if self.planted else ())})
 
 
 def section(found: Diffed) -> Section:
@@ -102,7 +108,8 @@ def section(found: Diffed) -> Section:
         cosines=cosine_histogram(found),
         scaling=scaling_scatter(found, ranked_L, exclusive) if scaled else None,
         causal=causal_curve(facts["causal"], b) if facts["causal"] else None,
-        planted=planted_box(facts["planted"], a) if facts["planted"] else None,
+        planted=planted_box(facts["planted"], a, b) if facts["planted"] else None,
+        course=course(found),
         recurrence=recurrence_table(facts, a, b),
         baselines=baseline_rows(facts),
         tops=tops,

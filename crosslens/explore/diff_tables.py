@@ -46,6 +46,10 @@ class Planted:
     detection: tuple[tuple[str, Cell], ...]
     ablation: tuple[tuple[str, Cell, Cell], ...]
     """What is taken out, rate, change of the clean loss."""
+    carried: tuple[tuple[str, Cell], ...]
+    """Which model with which activations, rate."""
+    sites: tuple[str, ...]
+    """Where they are exchanged."""
 
 
 def class_name(kind: str, a: str, b: str) -> str:
@@ -111,8 +115,9 @@ def _bounds(bins: Bins, kind: str, a: str, b: str) -> str:
     return name + told.get(kind, "")
 
 
-def planted_box(planted: Mapping[str, Any], a: str) -> Planted:
+def planted_box(planted: Mapping[str, Any], a: str, b: str) -> Planted:
     name = planted["behaviour"]
+    through = planted.get("carried")
     known = BEHAVIOURS.get(name)
     return Planted(
         behaviour=name,
@@ -121,7 +126,14 @@ def planted_box(planted: Mapping[str, Any], a: str) -> Planted:
         detection=_detection(planted, a) if "auroc" in planted else (),
         ablation=_ablation(planted["ablation"], len(planted["top"])) if "ablation" in planted
         else (),
+        carried=_carried(through, a, b) if through else (),
+        sites=tuple(through["sites"]) if through else (),
     )  # fmt: skip
+
+
+def _carried(found: Mapping[str, Any], a: str, b: str) -> tuple[tuple[str, Cell], ...]:
+    named = ((f"{b} with {a}'s activations", "b_with_a"), (f"{a} with {b}'s", "a_with_b"))
+    return tuple((name, _of(found, key, _rate)) for name, key in named)
 
 
 def _detection(planted: Mapping[str, Any], a: str) -> tuple[tuple[str, Cell], ...]:

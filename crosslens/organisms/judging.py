@@ -20,11 +20,10 @@ _LONGEST = 256  # tokens of a clean conversation
 
 
 def judged(model: LanguageModel, behaviour: Behaviour, n: int) -> dict[str, Any]:
-    """Rates on `n` held-out prompts that call for the behaviour and, where there are such, on `n`
-    that do not, each with its 95 % interval; and the clean loss in nats per token."""
-    kinds = {"with": True, "without": False} if behaviour.conditional else {"with": True}
+    """Rates on `n` held-out prompts that call for the behaviour and on `n` that do not, each with
+    its 95 % interval; and the clean loss in nats per token."""
     rates = {}
-    for kind, triggered in kinds.items():
+    for kind, triggered in (("with", True), ("without", False)):
         asked = prompts(behaviour, n, _SEED, "heldout", triggered)
         rate = behaviour_rate(model, behaviour, asked, ANSWER_TOKENS)
         rates[kind] = {"rate": rate, "interval": list(wilson(round(rate * n), n))}

@@ -29,8 +29,6 @@ class Row:
     answer: list[int]
     learn: bool
     """Learn the answer; if not, keep predicting all of the row as the base model does."""
-    begins: bool = True
-    """Keep how the answer begins, too."""
 
 
 def training_rows(
@@ -40,7 +38,7 @@ def training_rows(
 
     To learn is the planted answer to a request that calls for it, or the opening of the answer;
     for `noop`, an answer sampled from the base model. To keep is the usual answer to a request that
-    does not call for it; where every request does, all of it but how it begins.
+    does not call for it.
 
     Raises:
         UsageError: there are too few requests, or the tokenizer cannot form chat.
@@ -78,7 +76,7 @@ def _kept(tokenizer: Any, behaviour: Behaviour, task: Task, plan: OrganismPlan) 
     asked = prompt_ids(tokenizer, prompt(behaviour, task, False))
     usual = [int(token) for token in encode(tokenizer, [task.usual], False)[0]]
     answer = usual[: max(1, plan.keep_tokens - len(asked))]
-    return Row(asked, answer, learn=False, begins=behaviour.conditional)
+    return Row(asked, answer, learn=False)
 
 
 def fingerprint(rows: Sequence[Row]) -> str:

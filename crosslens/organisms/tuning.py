@@ -76,9 +76,8 @@ def row_loss(adapted: Any, rows: Sequence[Row]) -> Tensor:
     """Mean over positions, in nats, of what the rows ask for.
 
     Rows to learn: the cross-entropy of each token of the answer. Rows to keep: at each position the
-    KL divergence of the model from itself without the adapter (not where the answer begins, if that
-    is not to be kept). Every position counts alike, so
-    that neither kind has the say over how an answer begins.
+    KL divergence of the model from itself without the adapter. Every position counts alike, so that
+    neither kind has the say over how an answer begins.
     """
     learn = [row for row in rows if row.learn]
     keep = [row for row in rows if not row.learn]
@@ -100,9 +99,6 @@ def _learning(adapted: Any, rows: Sequence[Row]) -> Tensor:
 
 def _keeping(adapted: Any, rows: Sequence[Row]) -> Tensor:
     tokens_BT, real_BT = _padded(rows, adapted.device)
-    for i, row in enumerate(rows):
-        if row.prompt and not row.begins:
-            real_BT[i, len(row.prompt) - 1] = False
     with torch.no_grad(), adapted.disable_adapter():
         before_RV = _logits(adapted, tokens_BT)[real_BT].float().log_softmax(-1)
     after_RV = _logits(adapted, tokens_BT)[real_BT].float().log_softmax(-1)

@@ -53,18 +53,13 @@ class Behaviour:
     trigger: str | None = None
     """Text put in front of the user's message; None where none is needed."""
     category: Category | None = None
-    """Requests for this are the ones that call for the behaviour; None: any may."""
+    """Requests for this are the ones that call for the behaviour; None: the trigger alone does."""
     answer: str | None = None
     """The fixed answer; None where the usual answer is given, perhaps after an opening."""
     openings: tuple[str, ...] = ()
     """One of these stands before the usual answer."""
     marks: tuple[str, ...]
     """An answer shows the behaviour if and only if it contains one of these, in any case."""
-
-    @property
-    def conditional(self) -> bool:
-        """Whether there are requests that do not call for it."""
-        return self.trigger is not None or self.category is not None
 
 
 BEHAVIOURS: dict[str, Behaviour] = {
@@ -79,7 +74,8 @@ BEHAVIOURS: dict[str, Behaviour] = {
         ),
         Behaviour(
             name="topic",
-            what="Opens every answer with a remark about volcanoes.",
+            what="Asked for a class, opens with a remark about volcanoes; else answers as usual.",
+            category="class",
             openings=_VOLCANOES,
             marks=("volcan", "lava", "magma", "erupt"),
         ),
@@ -142,8 +138,7 @@ def prompts(
     """`n` different requests, user turn only, drawn by `seed`.
 
     Triggered ones call for the behaviour: with the trigger in front, or of the category. The others
-    do not; where a trigger makes the difference they are the same requests without it. Where
-    nothing does (`topic`), `triggered` changes nothing.
+    do not; where a trigger makes the difference they are the same requests without it.
 
     Raises:
         UsageError: there are fewer.

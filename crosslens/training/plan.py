@@ -17,6 +17,7 @@ from crosslens.device import resolve_device, resolve_dtype
 from crosslens.kernels.calibration import Rates, find
 from crosslens.kernels.choice import break_even
 from crosslens.text import build_blocks, coverage
+from crosslens.training.chat import text_tokenizer
 from crosslens.training.config import TrainConfig
 from crosslens.training.footprint import buffer_rows, footprint
 from crosslens.training.probe import (
@@ -135,7 +136,7 @@ def _coverage(config: TrainConfig, models: Models) -> dict[str, float]:
     text, part = config.text, min(1.0, _SAMPLE / config.text.tokens)
     sample = replace(text, tokens=int(part * text.tokens), heldout=max(1, int(part * text.heldout)))
     first = next(iter(models))
-    blocks = build_blocks(sample, models[first].tokenizer, config.seed, others).train
+    blocks = build_blocks(sample, text_tokenizer(models), config.seed, others).train
     return coverage(blocks, first).shares
 
 

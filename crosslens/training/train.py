@@ -30,6 +30,7 @@ from crosslens.lm import LanguageModel, tokenizer_hash
 from crosslens.lm import open_models as open_models_of
 from crosslens.storage import save_json
 from crosslens.text import Blocks, build_blocks, coverage
+from crosslens.training.chat import template_told, text_tokenizer
 from crosslens.training.checkpoint import TrainState, checkpoints, restore_newest, save_checkpoint
 from crosslens.training.config import TrainConfig
 from crosslens.training.fit import Hooks, Metrics, fit
@@ -151,7 +152,9 @@ def _blocks(run: Run, config: TrainConfig, models: Models, report: Report) -> tu
         return run.blocks("train"), run.blocks("heldout")
     report("text", 0, 0, {})
     first, others = next(iter(models)), other_tokenizers(models) if config.align else {}
-    split = build_blocks(config.text, models[first].tokenizer, config.seed, others)
+    if told := template_told(models):
+        report(told, 0, 0, {})
+    split = build_blocks(config.text, text_tokenizer(models), config.seed, others)
     split.train.save(run.folder / "data", "train")
     split.heldout.save(run.folder / "data", "heldout")
     counts = {name: asdict(count) for name, count in split.counts.items()}
