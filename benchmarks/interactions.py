@@ -1,12 +1,18 @@
-"""Seconds of the exact interactions of some layers' MLPs, beside the layers' own forward.
+"""Seconds of the interactions of some layers' MLPs, beside the layers' own forward.
 
 python benchmarks/interactions.py RUN [--tokens 4096] [--repeats 7] [--dtype float32] [--json]
+python benchmarks/interactions.py RUN --loop 64 [--repeats 3] [--json]
 
-The same tokens for both, in turns. `mlp` is the forward of those MLPs alone on inputs that are
+The same tokens for all, in turns. `mlp` is the forward of those MLPs alone on inputs that are
 there already, in the model's format; `layer` that of whole layers (the model's own time over its
 layers, times as many). `interactions` is everything after the codes are known: contributions, the
-error's too, sums, shares. What the coder itself and the harvest take is told apart. Ratios are
-those of turns of one round: their median, least and most.
+error's too, sums, shares. `pairs` is the tables of pairs that `crosslens interact` makes, at its
+defaults: `first pass` over all pairs, and with the second, in context. What the coder itself and
+the harvest take is told apart. Ratios are those of turns of one round: their median, least and
+most.
+
+With `--loop`, on so many tokens, how many times as long a loop over tokens takes that stands in for
+the published implementation's (`benchmarks/published_loop.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import machine
+from benchmarks.published_loop import given, published_loop
 from crosslens.activations import Source
 from crosslens.allocator import keep_freed_memory
 from crosslens.coder import Coder, load
@@ -34,6 +41,8 @@ from crosslens.interactions.neurons.contributions import (
 )
 from crosslens.interactions.neurons.exact import SiteSums
 from crosslens.interactions.neurons.inputs import Additive
+from crosslens.interactions.pairs.measure import measure_pairs
+from crosslens.interactions.pairs.totals import meet
 from crosslens.lm import LanguageModel, open_models
 from crosslens.training import open_run, run_source
 
@@ -45,8 +54,7 @@ def contestants(
     model: LanguageModel, source: Source, coder: Coder, shown: list[dict[str, SiteChunk]]
 ) -> dict[str, Callable[[], object]]:
     """Name → what it does once over all tokens."""
-    sites = tuple(shown[0])
-    effectives = {site: shown[0][site].effective for site in sites}
+    effectives = {site: chunk.effective for site, chunk in shown[0].items()}
     layers = [one.layer for one in effectives.values()]
     tokens_BT = source.blocks.tokens_NT
     names = [f"mlp_in.{layer}" for layer in layers]
@@ -62,21 +70,53 @@ def contestants(
         for part in tokens_BT.split(source.blocks_per_chunk):
             model.read(part, {last: lambda _x: None})
 
-    def measure(additive: Additive) -> Callable[[], object]:
-        n_documents, dense = len(source.blocks.documents), next(model.module.parameters()).dtype
-        sums = {s: SiteSums(effectives[s], n_documents, additive, dense) for s in sites}
+    own = {"mlp": mlps, "model": whole}
+    n_documents, dense = len(source.blocks.documents), next(model.module.parameters()).dtype
+    everything = {"harvest and coder": lambda: list(site_chunks(source, coder, model, effectives))}
+    return {**own, **ours(shown, n_documents, dense), **everything}
+
+
+def ours(
+    shown: list[dict[str, SiteChunk]], n_documents: int, dense: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """The exact part in both ways, and the tables of pairs."""
+    effectives = {site: chunk.effective for site, chunk in shown[0].items()}
+
+    def exact(additive: Additive) -> Callable[[], object]:
+        sums = {s: SiteSums(one, n_documents, additive, dense) for s, one in effectives.items()}
 
         def run() -> None:
-            for chunks in shown:
+            for chunks in anew(shown):
                 for site, chunk in chunks.items():
-                    sums[site].add(replace(chunk))  # without what is remembered of an earlier turn
+                    sums[site].add(chunk)
 
         return run
 
-    own = {"mlp": mlps, "model": whole}
-    ours = {f"interactions, {additive}": measure(additive) for additive in WAYS}
-    everything = {"harvest and coder": lambda: list(site_chunks(source, coder, model, effectives))}
-    return {**own, **ours, **everything}
+    return {
+        **{f"interactions, {additive}": exact(additive) for additive in WAYS},
+        "pairs, first pass": lambda: meet(anew(shown)),
+        "pairs": lambda: measure_pairs(lambda: anew(shown)),
+    }
+
+
+def anew(shown: list[dict[str, SiteChunk]]) -> list[dict[str, SiteChunk]]:
+    """Without what is remembered of an earlier turn."""
+    return [{site: replace(chunk) for site, chunk in chunks.items()} for chunks in shown]
+
+
+def beside_the_loop(
+    shown: list[dict[str, SiteChunk]], tokens: int, dense: torch.dtype
+) -> dict[str, Callable[[], object]]:
+    """The published loop, and ours, on the first tokens."""
+    lists = next(iter(shown[0].values())).piece(slice(0, tokens)).lists
+    some = {s: replace(c.piece(slice(0, tokens)), lists=lists) for s, c in shown[0].items()}
+    codes = [given(chunk, tokens) for chunk in some.values()]
+
+    n_documents = 1 + max(int(chunk.document_R.max()) for chunk in some.values())
+    return {
+        "published loop": lambda: [published_loop(each) for each in codes],
+        **ours([some], n_documents, dense),
+    }
 
 
 def rounds(todo: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -103,8 +143,14 @@ def summary(seconds: dict[str, list[float]], tokens: int, share_of_layers: float
     return found
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+def slower(seconds: dict[str, list[float]]) -> Found:
+    """How many times as long as each of ours the published loop takes."""
+    loop = seconds["published loop"]
+    return {name: _ratio(loop, each) for name, each in seconds.items() if name != "published loop"}
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    each = [a / b for a, b in zip(above, below, strict=True)]
     return {"median": statistics.median(each), "least": min(each), "most": max(each)}
 
 
@@ -144,6 +190,15 @@ def prepared(
     return model, source, coder, list(site_chunks(source, coder, model, effectives))
 
 
+def loop_table(found: Found) -> str:
+    """The same of the published loop."""
+    return "\n".join(
+        f"  the published loop takes {each['median']:7,.0f} × as long as {name} "
+        f"({each['least']:,.0f} – {each['most']:,.0f})"
+        for name, each in found.items()
+    )
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -153,19 +208,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument("--loop", type=int, default=0, help="tokens to show the published loop")
     parser.add_argument("--dtype", help="the model's format, if not the run's")
     asked = parser.parse_args(argv)
     keep_freed_memory()  # as the command does
     model, source, coder, shown = prepared(asked.run, asked.tokens, asked.dtype)
-    todo = contestants(model, source, coder, shown)
-    n_tokens = source.n_positions
-    found = summary(rounds(todo, asked.repeats), n_tokens, len(shown[0]) / model.n_layers)
-    told: Found = {"machine": machine(), "threads": torch.get_num_threads(), "tokens": n_tokens}
+    if asked.loop:
+        tokens = min(asked.loop, next(iter(shown[0].values())).lists.n_items)
+        todo = beside_the_loop(shown, tokens, next(model.module.parameters()).dtype)
+        found = slower(rounds(todo, asked.repeats))
+    else:
+        tokens, todo = source.n_positions, contestants(model, source, coder, shown)
+        found = summary(rounds(todo, asked.repeats), tokens, len(shown[0]) / model.n_layers)
+    told: Found = {"machine": machine(), "threads": torch.get_num_threads(), "tokens": tokens}
     if asked.json:
-        print(json.dumps({**told, "sites": list(shown[0]), "ways": found}))
+        named = {"times_slower_loop": found} if asked.loop else {"ways": found}
+        print(json.dumps({**told, "sites": list(shown[0]), **named}))
         return
-    print(f"{told['machine']['cpu']}, {told['threads']} threads, {n_tokens} tokens")
-    print(f"{', '.join(shown[0])}\n{table(found)}")
+    print(f"{told['machine']['cpu']}, {told['threads']} threads, {tokens} tokens")
+    print(f"{', '.join(shown[0])}\n{loop_table(found) if asked.loop else table(found)}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from crosslens.interactions.pairs.contexts import (
     measure_in_context,
 )
 from crosslens.interactions.pairs.totals import Met, meet
+from crosslens.kernels import pairs as kernel
 from tests.interactions_pairs_toy import (
     SITES,
     L,
@@ -129,6 +130,14 @@ def pair_terms(kind, y, u, i, j):
     yield "shared", product / max(p, q) if opposed else 0.0
 
 
+@pytest.fixture(params=["kernels", "stock"])
+def _form(request, monkeypatch):
+    """With compiled kernels where there are any, and without."""
+    if request.param == "stock":
+        monkeypatch.setattr(kernel, "takes", lambda *_: False)
+
+
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize(("kind", "gated"), SITES)
 def test_totals_are_the_loops(kind, gated):
     chunks = some_chunks(kind, gated)
@@ -216,6 +225,7 @@ def in_context(kind: str, gated: bool, plan: ContextPlan) -> tuple[list, Met, In
     return chunks, met, measure_in_context(chunks, wanted, plan)[NAME]
 
 
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize(("kind", "gated"), SITES)
 def test_mixed_differences_in_context_are_the_loops(kind, gated):
     chunks, met, found = in_context(kind, gated, ContextPlan(groups=3))
@@ -256,6 +266,7 @@ def test_mixed_differences_in_context_are_the_loops(kind, gated):
                     assert total == close(true[key, group][name]), name
 
 
+@pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize(("kind", "gated"), [("relu", False), ("silu", True)])
 def test_drawn_coalitions_come_near_the_exact_shapley_index(kind, gated):
     chunks, _, found = in_context(kind, gated, ContextPlan(coalitions=200))

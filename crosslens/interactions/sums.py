@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
@@ -101,10 +101,7 @@ def cut(sums: Sums, most: int, leading: Sequence[int] = (0,)) -> Sums:
         return sums
     columns = list(leading)
     whole_M = sums.all_M[columns].clamp_min(torch.finfo(torch.float64).tiny)
-    share_U = (sums.total_UM[:, columns] / whole_M).sum(1)
-    bar = share_U.kthvalue(len(share_U) - most + 1).values
-    above_U, level_U = share_U > bar, share_U == bar
-    kept = above_U | (level_U & (level_U.cumsum(0) <= most - above_U.sum()))
+    kept = highest((sums.total_UM[:, columns] / whole_M).sum(1), most)
     gone_UM = sums.total_UM[~kept]
     return Sums(
         key_U=sums.key_U[kept],
@@ -114,6 +111,15 @@ def cut(sums: Sums, most: int, leading: Sequence[int] = (0,)) -> Sums:
         slack_M=sums.slack_M + gone_UM.amax(0),
         dropped_count=sums.dropped_count + int(sums.count_U[~kept].sum()),
     )
+
+
+def highest(score_U: Tensor, most: int) -> Bool[Tensor, " u"]:
+    """Which are the `most` highest; of equal ones the first. All where there are no more."""
+    if len(score_U) <= most:
+        return torch.ones_like(score_U, dtype=torch.bool)
+    bar = score_U.kthvalue(len(score_U) - most + 1).values
+    above_U, level_U = score_U > bar, score_U == bar
+    return above_U | (level_U & (level_U.cumsum(0) <= most - above_U.sum()))
 
 
 class Gathering:

@@ -17,6 +17,13 @@ from pathlib import Path
 from crosslens.storage import cache_folder
 
 SOURCE = Path(__file__).with_name("rows.c")
+PAIRS = SOURCE.with_name("pairs.c")
+OBJECTS = {
+    "rows16": (SOURCE, ["-DTABLE=16"]),
+    "rows32": (SOURCE, ["-DTABLE=32"]),
+    "pairs": (PAIRS, []),
+}
+"""Each one's source, and flags of its own."""
 SWITCH = "CROSSLENS_KERNELS"
 """Environment variable: `stock` does without compiled kernels."""
 FLAGS = (
@@ -74,7 +81,8 @@ def _compiler() -> list[str] | None:
 
 def _fingerprint(compiler: list[str]) -> str:
     """Of the source, the flags and the processor: a cache may be shared by machines."""
-    parts = (SOURCE.read_text(), *FLAGS, *NATIVE, *compiler, platform.machine(), _processor())
+    texts = SOURCE.read_text(), PAIRS.read_text()
+    parts = (*texts, *FLAGS, *NATIVE, *compiler, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -103,10 +111,10 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 def _compile_for(compiler: list[str], native: str, folder: Path) -> Path:
     objects = []
-    for table in (16, 32):
-        target = folder / f"rows{table}.o"
-        flags = [*FLAGS, *([native] if native else []), f"-DTABLE={table}"]
-        _run([*compiler, *flags, "-c", str(SOURCE), "-o", str(target)])
+    for name, (source, own) in OBJECTS.items():
+        target = folder / f"{name}.o"
+        flags = [*FLAGS, *([native] if native else []), *own]
+        _run([*compiler, *flags, "-c", str(source), "-o", str(target)])
         objects.append(str(target))
     made = folder / "rows.so"
     _run([*compiler, "-shared", "-o", str(made), *objects, "-lm"])

@@ -141,14 +141,28 @@ def _floats(value: Tensor) -> Tensor:
 
 
 def _call(name: str, table: torch.dtype, n_items: int, fixed: tuple[Any, ...]) -> None:
-    """A kernel over all items, shared out over as many threads as torch uses.
+    """A kernel compiled for a format of the table, over all items.
 
     Raises:
-        MemoryError: a kernel found no memory for one row.
+        MemoryError: it found no memory for one row.
     """
+    results = shared_out(name + TABLES[table], n_items, fixed)
+    if name in ("row_squares", "adam_rows", "largest"):
+        check(results)
+
+
+def check(results: list[int]) -> None:
+    """What kernels return that may find no memory."""
+    if any(results):
+        raise MemoryError("There is no memory left for one row of numbers.")
+
+
+def shared_out(name: str, n_items: int, fixed: tuple[Any, ...]) -> list[int]:
+    """Call a kernel for all items, shared out over as many threads as torch uses; what each part
+    returns, where the kernel returns anything."""
     library = built().compiled
     assert library is not None
-    function: Callable[..., int] = getattr(library, name + TABLES[table])
+    function: Callable[..., int] = getattr(library, name)
     arguments = tuple(map(_pointer, fixed))
     threads = torch.get_num_threads()
 
@@ -156,11 +170,8 @@ def _call(name: str, table: torch.dtype, n_items: int, fixed: tuple[Any, ...]) -
         return function(*arguments, *map(ctypes.c_int64, bounds))
 
     if threads == 1:
-        results = [piece((0, n_items))]
-    else:
-        results = list(_pool(threads).map(piece, _pieces(n_items, threads * SHARES)))
-    if name in ("row_squares", "adam_rows", "largest") and any(results):
-        raise MemoryError("There is no memory left for one row of numbers.")
+        return [piece((0, n_items))]
+    return list(_pool(threads).map(piece, _pieces(n_items, threads * SHARES)))
 
 
 def _pointer(value: Any) -> Any:

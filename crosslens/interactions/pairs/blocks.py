@@ -11,11 +11,15 @@ from torch import Tensor
 
 from crosslens.functional.gathers import Lists
 from crosslens.interactions.neurons.contributions import Branch, Effective, SiteChunk
+from crosslens.kernels import pairs as kernel
 
 ALWAYS, ERROR = -2, -1
 """Where the always-on part and the error are among the members of a row: after all latents."""
 SLOTS = 256
-"""Members of a block, those of padding included: 1.5 MB of a layer of 1536 neurons."""
+"""Members of a block, those of padding included, whose contributions are held: 1.5 MB of a layer of
+1536 neurons."""
+MANY = 1 << 13
+"""The same where they are not held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +146,32 @@ class Tables:
     inner: Table
     value: Table | None
 
+    @property
+    def fused(self) -> bool:
+        """Whether a kernel makes `shared` from them, and members are never held."""
+        return self.value is not None and kernel.takes(self.inner.E_LN, self.value.E_LN)
+
+    @property
+    def slots(self) -> int:
+        """Members that a block should have."""
+        return MANY if self.fused else SLOTS
+
     def beside(self, chunk: SiteChunk) -> tuple[Beside, Beside | None]:
         """What is there on a chunk's rows, in either."""
         return self.inner.beside(chunk), None if self.value is None else self.value.beside(chunk)
 
 
 def tables(effective: Effective, dtype: torch.dtype) -> Tables:
-    """Where there is a gate, what it multiplies, and the error's part of both, are in that format;
-    what goes into the nonlinearity from latents is always whole."""
+    """Where there is a gate, the error's part of both branches is in that format, and so is what it
+    multiplies unless a kernel takes it; what goes into the nonlinearity from latents is always
+    whole."""
     value, gate = effective.value, effective.gate
     if gate is None:
         return Tables(Table(value, value.E_LN, value.through_DN), None)
+    sparse = value.E_LN.dtype if kernel.takes(gate.E_LN, value.E_LN) else dtype
     return Tables(
         inner=Table(gate, gate.E_LN, gate.through_DN.to(dtype)),
-        value=Table(value, value.E_LN.to(dtype), value.through_DN.to(dtype)),
+        value=Table(value, value.E_LN.to(sparse), value.through_DN.to(dtype)),
     )
 
 

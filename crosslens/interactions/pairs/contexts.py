@@ -15,6 +15,7 @@ from crosslens.functional.blocks import split_rows
 from crosslens.functional.interactions import Kind
 from crosslens.interactions.neurons.contributions import SiteChunk
 from crosslens.interactions.pairs.blocks import PairIndex
+from crosslens.interactions.pairs.fused import fused_contexts, takes_contexts
 from crosslens.interactions.pairs.points import CONTEXTS, Coalition, Drive, Points, points
 from crosslens.interactions.pairs.totals import indexed
 from crosslens.interactions.sums import places
@@ -114,9 +115,7 @@ class _Site:
         self.measured_X += torch.bincount(met.at_Q, minlength=len(self.met_X))
         for part, rows_R in _by_rows(met):
             these = points(chunk, rows_R, drawn)
-            size = max(1, ELEMENTS // len(these.w_N))
-            for at in split_rows(torch.arange(len(part.row_Q), device=rows_R.device), size):
-                some = part.some(at)
+            for some in _parts(part, these):
                 found_MQ = torch.stack(_measured(these, some))
                 self.total_XM.index_add_(0, some.at_Q, found_MQ.T.double())
 
@@ -172,8 +171,20 @@ def _by_rows(met: Meetings) -> Iterator[tuple[Meetings, Tensor]]:
         yield mine, rows_R[first : first + ROWS]
 
 
+def _parts(met: Meetings, these: Points) -> Iterator[Meetings]:
+    """Some meetings at a time, unless a kernel takes them all, which holds no contribution."""
+    if takes_contexts(these.chunk):
+        yield met
+        return
+    size = max(1, ELEMENTS // len(these.w_N))
+    for at in split_rows(torch.arange(len(met.row_Q), device=met.row_Q.device), size):
+        yield met.some(at)
+
+
 def _measured(these: Points, met: Meetings) -> list[Tensor]:
     """`IN_CONTEXT` of some meetings, one column after another [Q]."""
+    if takes_contexts(these.chunk):
+        return fused_contexts(these, met.row_Q, met.first_Q, met.second_Q)
     first, second = these.latents(met.first_Q), these.latents(met.second_Q)
     pairs, w_N = ((met.first_Q, first), (met.second_Q, second)), these.w_N
     sums, gated = [], None

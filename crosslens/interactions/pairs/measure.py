@@ -23,6 +23,7 @@ from crosslens.interactions.neurons.contributions import SiteChunk
 from crosslens.interactions.pairs.contexts import ContextPlan, InContext, Wanted, measure_in_context
 from crosslens.interactions.pairs.table import Order, Triplets, triplets
 from crosslens.interactions.pairs.totals import Met, meet
+from crosslens.interactions.sums import highest
 
 Chunks = Callable[[], Iterable[Mapping[str, SiteChunk]]]
 """Gives the same chunks each time it is called: `partial(site_chunks, source, …)`."""
@@ -39,8 +40,9 @@ class PairPlan:
     most_keys: int = 1 << 20
     """Pairs that are kept in memory in the first pass, the same for all sites."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Format of the first pass's products where there is a gate: bfloat16 takes two thirds of the
-    time where the processor multiplies it, and rounds `shared` to three digits on each token."""
+    """Format in which the first pass multiplies what the coder misses, where there is a gate; and,
+    where no compiled kernel does it, what the gate multiplies. bfloat16 is faster where the
+    processor multiplies it, and rounds `shared` to three digits on each token."""
     contexts: ContextPlan = ContextPlan()
 
     def __post_init__(self) -> None:
@@ -172,6 +174,6 @@ def candidates(met: Met, plan: PairPlan) -> Int64[Tensor, " c"]:
     for score_U, n in zip(lists, (half, quarter, quarter), strict=True):
         free = min(n, plan.candidates - int(taken_U.sum()))
         score_U = score_U.where(~taken_U, -1.0)
-        best = score_U.argsort(descending=True, stable=True)[:free]
-        taken_U[best[score_U[best] > 0]] = True
+        if free:
+            taken_U |= highest(score_U, free) & (score_U > 0)
     return met.sums.key_U[taken_U]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -43,6 +44,12 @@ class Drive:
     inner: Tensor
     value: Tensor | None
 
+    def branch(self, at: int) -> Tensor:
+        """The inner one, or where there is a gate the other (1)."""
+        found = (self.inner, self.value)[at]
+        assert found is not None
+        return found
+
     def turned(self, function: Callable[..., Tensor], *others: Drive) -> Drive:
         """The function of both, with the same parts of others."""
         inner = function(self.inner, *(other.inner for other in others))
@@ -59,12 +66,18 @@ class Context:
     latent_E: Tensor | bool
     """Which latents are in, per entry of the chunk; or whether all are."""
 
+    def holds(self, entry_Q: Tensor) -> Float[Tensor, " q"]:
+        """1 where the latents of these entries are in, else 0."""
+        if isinstance(self.latent_E, Tensor):
+            return self.latent_E[entry_Q].float()
+        return torch.full(entry_Q.shape, float(self.latent_E), device=entry_Q.device)
+
     def without(self, row_Q: Tensor, pairs: Sequence[tuple[Tensor, Drive]]) -> Drive:
         """The sum at each row without some latents (entries, contributions), if they are in."""
         point_Q = self.point_R.turned(lambda x_RN: x_RN.index_select(0, row_Q))
         for entry_Q, latent_Q in pairs:
             if isinstance(self.latent_E, Tensor):
-                inside_Q = self.latent_E[entry_Q].float()[:, None]
+                inside_Q = self.holds(entry_Q)[:, None]
                 point_Q = point_Q.turned(
                     lambda x, y, i=inside_Q: x.addcmul_(y, i, value=-1), latent_Q
                 )
@@ -78,10 +91,24 @@ class Points:
     """Some tokens of a chunk in every context."""
 
     chunk: SiteChunk
+    row_R: Tensor
     contexts: tuple[Context, ...]
     """`rest`, `bias`, then one for each drawn coalition."""
-    largest_RN: Float[Tensor, "r n"]
-    """The largest |y| of any latent, y being what φ acts on."""
+
+    @cached_property
+    def largest_RN(self) -> Float[Tensor, "r n"]:
+        """The largest |y| of any latent, y being what φ acts on."""
+        return _largest(self.chunk, self.inner, *some_rows(self.chunk.lists, self.row_R))
+
+    @property
+    def inner(self) -> Branch:
+        """What φ acts on."""
+        return _branches(self.chunk)[0]
+
+    @property
+    def value(self) -> Branch | None:
+        """What a gate multiplies."""
+        return _branches(self.chunk)[1]
 
     @property
     def kind(self) -> Kind:
@@ -93,7 +120,7 @@ class Points:
 
     def latents(self, entry_Q: Tensor) -> Drive:
         """What the latents of some entries contribute."""
-        inner, value = _branches(self.chunk)
+        inner, value = self.inner, self.value
         latent_Q, weight_Q = self.chunk.lists.index_N[entry_Q], self.chunk.weight_E[entry_Q]
 
         def of(branch: Branch) -> Tensor:
@@ -110,7 +137,7 @@ def points(chunk: SiteChunk, row_R: Tensor, drawn: Sequence[Coalition]) -> Point
     drives = [Drive(*pair) for pair in zip(*sums, strict=True)]
     inside: list[Tensor | bool] = [True, False, *(each.latent_E for each in drawn)]
     contexts = tuple(Context(*pair) for pair in zip(drives, inside, strict=True))
-    return Points(chunk, contexts, _largest(chunk, inner, lists, entry_E))
+    return Points(chunk, row_R, contexts)
 
 
 def some_rows(lists: Lists, row_R: Tensor) -> tuple[Lists, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from crosslens.interactions.neurons.contributions import Effective, SiteChunk
 from crosslens.interactions.pairs.blocks import (
     ALWAYS,
     ERROR,
+    MANY,
     Beside,
     Block,
     Members,
@@ -24,6 +25,7 @@ from crosslens.interactions.pairs.blocks import (
     weights,
 )
 from crosslens.interactions.pairs.bounds import bounds_of_many, own_bounds, product_strengths
+from crosslens.interactions.pairs.fused import fused_gating
 from crosslens.interactions.sums import Gathering, Sums, fresh, summed
 
 TOTALS = ("shared", "gram", "coupling")
@@ -119,16 +121,26 @@ class _Site:
         self, chunk: SiteChunk, block: Block, besides: tuple[Beside, Beside | None]
     ) -> list[Tensor]:
         """Each measure of the block's pairs [Q]."""
-        one, these = chunk.effective, members(chunk, block, self.tables, besides)
-        shared = _shared(one, these)
+        shared, *coupling = self._matrices(chunk, block, besides)
         self.always += float(shared[:, ALWAYS, :ALWAYS].sum())
         self.error += float(shared[:, ERROR, :ERROR].sum())
-        matrices = [shared, _gram(chunk, block)]
-        if "coupling" in self.columns:
-            matrices.append(F.coupling(one.mlp.kind, these.inner_BMN, one.out_norm_N))
-        else:
-            self.coupled += _coupled_with_self(one, these)
+        matrices = [shared, _gram(chunk, block), *coupling]
         return [matrix.flatten()[block.pair_Q] for matrix in matrices]
+
+    def _matrices(
+        self, chunk: SiteChunk, block: Block, besides: tuple[Beside, Beside | None]
+    ) -> list[Tensor]:
+        """`shared` of all pairs of members [B, M, M], and the coupling where it is a column."""
+        if self.tables.fused:
+            shared, coupled_B = fused_gating(chunk, block, self.tables, besides)
+            self.coupled += float(coupled_B.sum())
+            return [shared]
+        one, these = chunk.effective, members(chunk, block, self.tables, besides)
+        if "coupling" in self.columns:
+            coupling = F.coupling(one.mlp.kind, these.inner_BMN, one.out_norm_N)
+            return [_shared(one, these), coupling]
+        self.coupled += _coupled_with_self(one, these)
+        return [_shared(one, these)]
 
     def met(self, sums: Sums) -> Met:
         return Met(
@@ -150,7 +162,7 @@ def meet(
     """All measures of `TOTALS` for every pair that meets, per site, in one pass.
 
     Args:
-        dtype: format in which `shared` is multiplied where there is a gate.
+        dtype: as in `PairPlan`.
 
     Memory: about 3·`most_keys` keys of 16 bytes, and 16 to 24 for each site; and a block of tokens.
 
@@ -160,7 +172,7 @@ def meet(
     sites: dict[str, _Site] = {}
     columns: dict[str, slice] = {}
     gathering = Gathering(most_keys)
-    for by_site, index in indexed(chunks):
+    for by_site, index in indexed(chunks, lambda one: tables(one, dtype).slots):
         if not sites:
             sites = {name: _Site(chunk.effective, dtype) for name, chunk in by_site.items()}
             columns = _side_by_side(sites)
@@ -179,14 +191,19 @@ def meet(
 
 
 def indexed(
-    chunks: Iterable[Mapping[str, SiteChunk]],
+    chunks: Iterable[Mapping[str, SiteChunk]], slots: Callable[[Effective], int] = lambda _: MANY
 ) -> Iterator[tuple[Mapping[str, SiteChunk], PairIndex]]:
-    """Chunks with their pairs, which all their sites share: they are of one code."""
+    """Chunks with their pairs, which all their sites share: they are of one code.
+
+    Args:
+        slots: how many members a site wants in a block.
+    """
     for by_site in chunks:
         first = next(iter(by_site.values()))
         if any(chunk.lists is not first.lists for chunk in by_site.values()):
             raise ValueError("The sites of a chunk must share the lists of one code.")
-        yield by_site, pair_index(first.lists, len(first.effective.E_LN))
+        fewest = min(slots(chunk.effective) for chunk in by_site.values())
+        yield by_site, pair_index(first.lists, len(first.effective.E_LN), fewest)
 
 
 def _side_by_side(sites: Mapping[str, _Site]) -> dict[str, slice]:

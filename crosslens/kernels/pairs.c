@@ -1,0 +1,295 @@
+/* What pairs of members do to neurons, for the CPU. Plain C99: the compiler makes the vectors.
+ *
+ * A neuron gives value · phi(gate); without a gate the value is 1, and phi acts on what there is.
+ * Lists are as in rows.c, and so is the share [first, last) of a call; tables have `width` columns.
+ */
+#include <float.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef int32_t i32;
+
+enum kind { RELU, RELU2, SILU, GELU, GELU_TANH };
+
+/* e^x for x <= 0, to 1e-7 of itself down to e^-87. */
+static inline float power(float x) {
+  x = x > -87.0f ? x : -87.0f;
+  const float whole = rintf(x * 1.44269504f); /* of powers of two; ln 2 in two parts */
+  const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  float it = 1.9875691500e-4f;
+  it = it * rest + 1.3981999507e-3f;
+  it = it * rest + 8.3334519073e-3f;
+  it = it * rest + 4.1665795894e-2f;
+  it = it * rest + 1.6666665459e-1f;
+  it = it * rest + 5.0000001201e-1f;
+  it = it * rest * rest + rest + 1.0f;
+  union { i32 bits; float value; } two = {((i32)whole + 127) << 23};
+  return it * two.value;
+}
+
+static inline float sigmoid(float x) {
+  const float small = power(-fabsf(x));
+  return (x > 0 ? 1.0f : small) / (1.0f + small);
+}
+
+/* The normal distribution below x, to 1e-7 (Abramowitz and Stegun 7.1.26). */
+static inline float normal(float x) {
+  const float t = 1.0f / (1.0f + 0.23164189f * fabsf(x));
+  float it = 1.061405429f;
+  it = it * t - 1.453152027f;
+  it = it * t + 1.421413741f;
+  it = it * t - 0.284496736f;
+  it = it * t + 0.254829592f;
+  const float beyond = 0.5f * it * t * power(-0.5f * x * x);
+  return x > 0 ? 1.0f - beyond : beyond;
+}
+
+static inline float phi(enum kind kind, float x) {
+  const float open = x > 0 ? x : 0;
+  switch (kind) {
+    case RELU: return open;
+    case RELU2: return open * open;
+    case SILU: return x * sigmoid(x);
+    case GELU: return x * normal(x);
+    default: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+  }
+}
+
+/* One call for each kind, so that loops within have no choice to make. */
+#define OF_KIND(kind, CALL) \
+  switch (kind) { \
+    case RELU: CALL(RELU); break; \
+    case RELU2: CALL(RELU2); break; \
+    case SILU: CALL(SILU); break; \
+    case GELU: CALL(GELU); break; \
+    default: CALL(GELU_TANH); \
+  }
+
+/* ---- how much of each value each gate lets through, for all members of a row ---- */
+
+/* What goes into a branch: of latents, and of what is there on each row beside them. */
+struct branch {
+  const float *table, *always, *error;
+};
+
+/* Neurons at a time: what members bring to them stays in the second cache. */
+#define TILE 512
+#define LANES 16
+/* Members whose products are summed together, in registers. */
+#define ACROSS 6
+#define DOWN 4
+#define MULTIPLE 12 /* of both */
+
+/* One row's members at some neurons; both [members, TILE], zero from n to a whole LANES. */
+struct tile {
+  float *gate, *value, *sum, *whole;
+  i64 n;
+};
+
+static void bring(const float *restrict from, float weight, i64 n, float *restrict to) {
+  for (i64 j = 0; j < n; j++) to[j] = weight * from[j];
+  for (i64 j = n; j % LANES; j++) to[j] = 0;
+}
+
+static void bring_all(const struct branch *it, const i32 *index, const float *weight, i64 n_latents,
+                      i64 row, i64 width, i64 start, i64 n, float *to) {
+  for (i64 m = 0; m < n_latents; m++)
+    bring(it->table + (i64)index[m] * width + start, weight[m], n, to + m * TILE);
+  bring(it->always + row * width + start, 1, n, to + n_latents * TILE);
+  bring(it->error + row * width + start, 1, n, to + (n_latents + 1) * TILE);
+  for (i64 m = n_latents + 2; m % MULTIPLE; m++) bring(to, 0, n, to + m * TILE);
+}
+
+/* sum = what all bring; returns what the sizes of latents alone are in product, weighed. */
+static float add_up(struct tile *it, i64 n_latents, const float *restrict w) {
+  float *restrict sum = it->sum, *restrict values = it->whole, product = 0;
+  float sizes[TILE] = {0};
+  memset(sum, 0, it->n * sizeof(float));
+  memset(values, 0, it->n * sizeof(float));
+  for (i64 m = 0; m < n_latents + 2; m++) {
+    float *restrict gate = it->gate + m * TILE, *restrict value = it->value + m * TILE;
+    const float counts = m < n_latents;
+    for (i64 j = 0; j < it->n; j++) {
+      value[j] = fabsf(value[j]);
+      sum[j] += gate[j];
+      sizes[j] += counts * fabsf(gate[j]);
+      values[j] += counts * value[j];
+    }
+  }
+  for (i64 j = 0; j < it->n; j++) product += w[j] * sizes[j] * values[j];
+  return product;
+}
+
+/* Each gate becomes w |phi(sum) - phi(sum - gate)|. */
+static inline void hold(enum kind kind, struct tile *it, i64 members, const float *restrict w) {
+  float *restrict sum = it->sum, *restrict whole = it->whole;
+  for (i64 j = 0; j < it->n; j++) whole[j] = phi(kind, sum[j]);
+  for (i64 m = 0; m < members; m++) {
+    float *restrict gate = it->gate + m * TILE;
+    for (i64 j = 0; j < it->n; j++) gate[j] = w[j] * fabsf(whole[j] - phi(kind, sum[j] - gate[j]));
+  }
+}
+
+static void multiply(const float *restrict value, const float *restrict gate, i64 n,
+                     float *restrict out, i64 wide) {
+  float sums[ACROSS][DOWN][LANES] = {{{0}}};
+  for (i64 j = 0; j < n; j += LANES)
+    for (int a = 0; a < ACROSS; a++)
+      for (int b = 0; b < DOWN; b++)
+        for (int v = 0; v < LANES; v++)
+          sums[a][b][v] += value[a * TILE + j + v] * gate[b * TILE + j + v];
+  for (int a = 0; a < ACROSS; a++)
+    for (int b = 0; b < DOWN; b++)
+      for (int v = 0; v < LANES; v++) out[a * wide + b] += sums[a][b][v];
+}
+
+/* Both ways together; the two that are beside latents come last, whatever the number of these. */
+static void put(const float *square, i64 wide, i64 members, i64 most, float *restrict out) {
+  memset(out, 0, most * most * sizeof(float));
+  for (i64 a = 0; a < members; a++)
+    for (i64 b = 0; b < members; b++) {
+      const i64 i = a < members - 2 ? a : most - members + a;
+      const i64 j = b < members - 2 ? b : most - members + b;
+      out[i * most + j] = square[a * wide + b] + square[b * wide + a];
+    }
+}
+
+/* out[i] [most, most]: sum over neurons of w |value_a| |phi(sum) - phi(sum - gate_b)|, either way
+ * together, for all members a and b of row rows[i]. alone[i]: sum of w (sum of latents' |value|)
+ * (sum of latents' |gate|). Returns 0, or 1 where there is no memory. */
+int gating(const i64 *rows, const i64 *starts, const i32 *index, const float *weight,
+           const struct branch *gates, const struct branch *values, i64 width, const float *w,
+           i64 kind, i64 most, float *out, float *alone, i64 first, i64 last) {
+  const i64 wide = (most + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+  float *room = malloc((2 * wide + 2) * TILE * sizeof(float));
+  float *square = malloc(wide * wide * sizeof(float));
+  struct tile it = {room, room + wide * TILE, room + 2 * wide * TILE, room + (2 * wide + 1) * TILE, 0};
+  for (i64 i = first; room && square && i < last; i++) {
+    const i64 row = rows[i], start = starts[row], n_latents = starts[row + 1] - start;
+    const i64 members = n_latents + 2;
+    memset(square, 0, wide * wide * sizeof(float));
+    alone[i] = 0;
+    for (i64 at = 0; at < width; at += TILE) {
+      it.n = at + TILE < width ? TILE : width - at;
+      bring_all(gates, index + start, weight + start, n_latents, row, width, at, it.n, it.gate);
+      bring_all(values, index + start, weight + start, n_latents, row, width, at, it.n, it.value);
+      alone[i] += add_up(&it, n_latents, w + at);
+#define HOLD(KIND) hold(KIND, &it, members, w + at)
+      OF_KIND(kind, HOLD)
+      for (i64 a = 0; a < members; a += ACROSS)
+        for (i64 b = 0; b < members; b += DOWN)
+          multiply(it.value + a * TILE, it.gate + b * TILE, it.n, square + a * wide + b, wide);
+    }
+    put(square, wide, members, most, out + i * most * most);
+  }
+  const int failed = !room || !square;
+  free(room);
+  free(square);
+  return failed;
+}
+
+/* ---- mixed differences of pairs on rows, in several contexts ---- */
+
+/* What two latents bring to gates and values. */
+struct pair {
+  float *gate1, *gate2, *value1, *value2;
+};
+
+/* What the latent of an entry brings; without a table, nothing. */
+static void bring_one(const float *table, const i32 *index, const float *weight, i64 entry,
+                      i64 width, float *restrict to) {
+  if (!table) memset(to, 0, width * sizeof(float));
+  else {
+    const float *restrict from = table + (i64)index[entry] * width, a = weight[entry];
+    for (i64 j = 0; j < width; j++) to[j] = a * from[j];
+  }
+}
+
+/* out: sums of w |d| and of w d, d the mixed difference where the row stands at (gate, value) with
+ * as much of the two latents in it as in1 and in2 say; then of w |value1 through what the second
+ * does to the gate|, and the other way. A point without a value has a value of 1. */
+static inline void mixed(enum kind kind, const float *restrict gate, const float *restrict value,
+                         float in1, float in2, const struct pair *two, const float *restrict w,
+                         i64 width, float *restrict out) {
+  const float *restrict g1 = two->gate1, *restrict g2 = two->gate2;
+  const float *restrict u1 = two->value1, *restrict u2 = two->value2;
+  float size = 0, sum = 0, first = 0, second = 0;
+  for (i64 j = 0; j < width; j++) {
+    const float c = gate[j] - in1 * g1[j] - in2 * g2[j];
+    const float u = value ? value[j] - in1 * u1[j] - in2 * u2[j] : 1;
+    const float one = phi(kind, c + g1[j]), other = phi(kind, c + g2[j]), none = phi(kind, c);
+    const float by_second = phi(kind, c + g1[j] + g2[j]) - one;
+    const float by_first = by_second + (one - other);
+    const float a = u1[j] * by_second, b = u2[j] * by_first;
+    const float d = a + b + (by_second - other + none) * u;
+    size += w[j] * fabsf(d), sum += w[j] * d;
+    first += w[j] * fabsf(a), second += w[j] * fabsf(b);
+  }
+  out[0] = size, out[1] = sum, out[2] = first, out[3] = second;
+}
+
+/* out: dominance of the first, of the second, ratio times the sum of w, reach. */
+static void compare(const struct pair *two, const float *restrict largest, const float *restrict w,
+                    i64 width, float *restrict out) {
+  float first = 0, second = 0, ratio = 0, reach = 0;
+  for (i64 j = 0; j < width; j++) {
+    const float a = fabsf(two->gate1[j]), b = fabsf(two->gate2[j]);
+    const float less = a < b ? a : b, more = a < b ? b : a;
+    first += a >= largest[j] ? w[j] * b : 0;
+    second += b >= largest[j] ? w[j] * a : 0;
+    ratio += w[j] * (less / (more > FLT_MIN ? more : FLT_MIN));
+    reach += w[j] * less;
+  }
+  out[0] = first, out[1] = second, out[2] = ratio, out[3] = reach;
+}
+
+static void find_largest(const float *table, const i32 *index, const float *weight, i64 start,
+                         i64 stop, i64 width, float *restrict to) {
+  memset(to, 0, width * sizeof(float));
+  for (i64 e = start; e < stop; e++) {
+    const float *restrict from = table + (i64)index[e] * width, a = weight[e];
+    for (i64 j = 0; j < width; j++) {
+      const float size = fabsf(a * from[j]);
+      to[j] = size > to[j] ? size : to[j];
+    }
+  }
+}
+
+/* Meetings of two entries on a row, those of one row one after another: out[q] holds `mixed` of
+ * each context, then `compare`. Contexts: points [contexts, places, width] of gates and of values,
+ * and per entry whether its latent is in [contexts, entries]. place[q] is the row's number among the
+ * points' rows, row[q] among the lists'. Without a gate `values` and `value_points` are NULL.
+ * Returns 0, or 1 where there is no memory. */
+int in_context(const i64 *row, const i64 *place, const i64 *entry1, const i64 *entry2,
+               const i64 *starts, const i32 *index, const float *weight, const float *gates,
+               const float *values, const float *gate_points, const float *value_points,
+               const float *in, i64 contexts, i64 places, i64 width, const float *w, i64 kind,
+               float *out, i64 first, i64 last) {
+  float *room = malloc(5 * width * sizeof(float));
+  if (!room) return 1;
+  const struct pair two = {room, room + width, room + 2 * width, room + 3 * width};
+  float *largest = room + 4 * width;
+  for (i64 q = first; q < last; q++) {
+    bring_one(gates, index, weight, entry1[q], width, two.gate1);
+    bring_one(gates, index, weight, entry2[q], width, two.gate2);
+    bring_one(values, index, weight, entry1[q], width, two.value1);
+    bring_one(values, index, weight, entry2[q], width, two.value2);
+    if (q == first || row[q] != row[q - 1])
+      find_largest(gates, index, weight, starts[row[q]], starts[row[q] + 1], width, largest);
+    float *to = out + q * (contexts + 1) * 4;
+    for (i64 c = 0; c < contexts; c++) {
+      const i64 at = (c * places + place[q]) * width;
+      const float *value = value_points ? value_points + at : NULL;
+      const float in1 = in[(q * contexts + c) * 2], in2 = in[(q * contexts + c) * 2 + 1];
+#define MIXED(KIND) \
+  mixed(KIND, gate_points + at, value, in1, in2, &two, w, width, to + 4 * c)
+      OF_KIND(kind, MIXED)
+    }
+    compare(&two, largest, w, width, to + 4 * contexts);
+  }
+  free(room);
+  return 0;
+}
