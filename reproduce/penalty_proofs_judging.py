@@ -69,17 +69,21 @@ def _silent(_: str) -> None:
 
 @torch.no_grad()
 def measured(features: Features, bench: Bench) -> dict[str, float]:
-    """FVU over all sites (scaled, as in training) and at the MLP's, what reaches its neurons."""
+    """FVU over all sites (scaled, as in training), at the MLP's and at the last, and what reaches
+    the MLP's neurons."""
     x_RX = features.scaled(bench.true.rows_PND.float())
     z_RL = features.coder.encode(x_RX)
     left_RX, all_RX = (x_RX - features.coder(x_RX)).square(), (x_RX - x_RX.mean(0)).square()
-    at = features.coder.wiring.write.slice(f"resid_mid.{MID // 2}")
+    left_P, all_P = (
+        each.reshape(len(each), -1, bench.config.width).sum((0, 2)) for each in (left_RX, all_RX)
+    )
     images_FN = features.decoder_PFD[MID] @ bench.weights["W_in"][0]
     scalar_R = (bench.true.rows_PND[MID].square().mean(1) + FLOOR).rsqrt().float()
     readers = readers_of(bench.weights, features.scale_P)
     return {
-        "fvu": float(left_RX.sum() / all_RX.sum()),
-        "fvu_mid": float(left_RX[:, at].sum() / all_RX[:, at].sum()),
+        "fvu": float(left_P.sum() / all_P.sum()),
+        "fvu_mid": float(left_P[MID] / all_P[MID]),
+        "fvu_last": float(left_P[-1] / all_P[-1]),
         "l0": float((z_RL > 0).float().sum(1).mean()),
         "interaction": interaction(features.coder, x_RX, readers),
         "size": float((scalar_R[:, None] * (z_RL @ images_FN.abs())).mean()),

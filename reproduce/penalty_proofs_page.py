@@ -21,7 +21,8 @@ FAMILIES = {"none": "–", "exact": "exact", "paper": "paper", "learnt": "exact,
 
 CODERS: tuple[Column, ...] = (
     ("FVU", "fvu", 4),
-    ("FVU at the MLP", "fvu_mid", 4),
+    ("at the MLP", "fvu_mid", 4),
+    ("at the last site", "fvu_last", 4),
     ("L0", "l0", 2),
     ("interaction", "interaction", 4),
     ("Σ abs y", "size", 3),
@@ -85,7 +86,7 @@ def write_page(folder: Path, results: Sequence[Figures], facts: Figures) -> None
     old = page.read_text(encoding="utf-8") if page.is_file() else ""
     notes = old[old.index(NOTES) :] if NOTES in old else f"{NOTES}\n\nNot written yet.\n"
     rows = summary(results)
-    save_json(folder / "penalty_proofs.json", {"facts": facts, "points": results, "summary": rows})
+    save_json(folder / "penalty_proofs.json", {"facts": facts, "points": results})
     drawn = bool(rows) and draw(folder / "penalty_proofs.svg", rows)
     lines = [*_opening(facts, results), *(["![The same](penalty_proofs.svg)", ""] if drawn else [])]
     for title, told, columns in _parts(facts):
@@ -170,9 +171,9 @@ def _beside(rows: Sequence[Figures]) -> list[str]:
     return [
         "## At matched reconstruction",
         "",
-        "Less what no penalty gives at the same FVU (loss) or the same FVU at the MLP (the rest), "
-        "on lines between its own numbers of active latents, seed by seed: below 0 the penalty "
-        "proves more. – where none is as good or as bad.",
+        "Less what no penalty gives at the same FVU, at the last site for the model's loss and at "
+        "the MLP's for the rest, on lines between its own numbers of active latents, seed by seed: "
+        "below 0 the penalty proves more. – where none is as good or as bad.",
         "",
         *_table(penalised, MATCHED, "matched"),
         "",

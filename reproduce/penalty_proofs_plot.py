@@ -15,11 +15,12 @@ LABELS = {
     "paper": "the paper's form",
     "learnt": "exact form, bias learnt",
 }
+ACROSS = {"fvu_mid": "FVU at the MLP", "fvu_last": "FVU at the last site"}
 PANELS = (
     ("interaction at the MLP", "fvu_mid", "interaction"),
     ("‖f(x̂) − Σ g‖ / ‖f(x̂)‖ ≤, additive/neurons", "fvu_mid", "local additive/neurons"),
     ("decoded model's loss ≤, additive/exact", "fvu_mid", "decoded additive/exact"),
-    ("model's loss ≤, 35 % of the flops", "fvu", "loss 0.35"),
+    ("model's loss ≤, 35 % of the flops", "fvu_last", "loss 0.35"),
 )
 
 
@@ -39,7 +40,7 @@ def draw(file: Path, rows: Sequence[Row]) -> bool:
         for axis, (title, x, y) in zip(axes, PANELS, strict=True):
             for family in COLOURS:
                 _curve(axis, [row for row in rows if row["family"] == family], x, y)
-            axis.set(title=title, xlabel="FVU at the MLP" if x == "fvu_mid" else "FVU, all sites")
+            axis.set(title=title, xlabel=ACROSS[x])
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(color="0.92")
         axes[0].legend(frameon=False)

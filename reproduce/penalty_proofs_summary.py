@@ -10,9 +10,10 @@ from typing import Any
 Figures = Mapping[str, Any]
 Flat = dict[str, float]
 
-AS_THEY_ARE = ("fvu", "fvu_mid", "l0", "interaction", "size", "bias", "seconds")
+AS_THEY_ARE = ("fvu", "fvu_mid", "fvu_last", "l0", "interaction", "size", "bias", "seconds")
 AT_THE_MLP = ("interaction", "size", "local ", "true ", "whole ", "decoded ", "term ")
-"""Figures that depend on the crosscoder through the MLP's site; the others through all sites."""
+"""Figures that depend on the crosscoder through the MLP's site. What bounds the model's loss
+depends on it through the last, where regions are: all tiers that decode another are vacuous."""
 
 
 def flat(result: Figures) -> Flat:
@@ -75,9 +76,9 @@ def _matched(mine: Sequence[tuple[list[Flat], Flat]]) -> dict[str, dict[str, flo
 
 
 def at_same(ladder: Sequence[Flat], name: str, own: Flat) -> float | None:
-    """What no penalty gives at a crosscoder's FVU (at the MLP's site where the figure depends on
-    that), on lines between its own; None beyond them."""
-    by = "fvu_mid" if name.startswith(AT_THE_MLP) else "fvu"
+    """What no penalty gives at a crosscoder's FVU at the site that the figure depends on, on lines
+    between its own; None beyond them."""
+    by = "fvu_mid" if name.startswith(AT_THE_MLP) else "fvu_last"
     for low, high in pairwise(sorted(ladder, key=lambda each: each[by])):
         if low[by] <= own[by] <= high[by] and high[by] > low[by]:
             share = (own[by] - low[by]) / (high[by] - low[by])

@@ -95,13 +95,13 @@ def test_the_sweep_is_as_large_as_was_asked_for():
 
 def test_the_match_lies_on_the_line_between():
     ladder = [
-        {"fvu": 0.4, "fvu_mid": 0.9, "loss 0.2": 30.0, "interaction": 0.1},
-        {"fvu": 0.2, "fvu_mid": 0.5, "loss 0.2": 20.0, "interaction": 0.5},
+        {"fvu_last": 0.4, "fvu_mid": 0.9, "loss 0.2": 30.0, "interaction": 0.1},
+        {"fvu_last": 0.2, "fvu_mid": 0.5, "loss 0.2": 20.0, "interaction": 0.5},
     ]
-    own = {"fvu": 0.25, "fvu_mid": 0.8, "loss 0.2": 1.0, "interaction": 0.0}
+    own = {"fvu_last": 0.25, "fvu_mid": 0.8, "loss 0.2": 1.0, "interaction": 0.0}
     assert at_same(ladder, "loss 0.2", own) == pytest.approx(22.5)
     assert at_same(ladder, "interaction", own) == pytest.approx(0.2)
-    assert at_same(ladder, "loss 0.2", {**own, "fvu": 0.1}) is None
+    assert at_same(ladder, "loss 0.2", {**own, "fvu_last": 0.1}) is None
 
 
 def test_matches_are_made_seed_by_seed(page):
@@ -109,7 +109,13 @@ def test_matches_are_made_seed_by_seed(page):
     results = []
     for seed, shift in ((0, 0.0), (1, 5.0)):
         for family, fvu, bound in (("none", 0.1, 1.0), ("none", 0.3, 3.0), ("exact", 0.2, 1.5)):
-            own = {**point, "family": family, "seed": seed, "fvu": fvu, "active": int(10 * fvu)}
+            own = {
+                **point,
+                "family": family,
+                "seed": seed,
+                "fvu_last": fvu,
+                "active": int(10 * fvu),
+            }
             own["budgets"] = {"0.2": {"bound": bound + shift * (1 + seed)}}
             results.append(own)
     *_, last = summary(results)
