@@ -7,10 +7,11 @@ BPE trained on the same text; the data are windows of files that neither trainin
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from crosslens.errors import UsageError
 from crosslens.proofs.lemmas.stream import FLOOR
 from crosslens.text.stdlib import read_stdlib
+from crosslens.training.objective.interaction import Form
 
 HELDOUT_EVERY = 8
 """One file in so many is held out."""
@@ -35,12 +37,20 @@ class CoderPlan:
     rows: int = 1024
     """In a batch."""
     learning_rate: float = 3e-3
+    penalty: float = 0.0
+    """Weight, beside an FVU, of how much of what features do at the MLPs they do together."""
+    form: Form = "exact"
+    """Of the penalty: as in `objective.interaction`."""
+    bias: Literal["learnt", "mean"] = "learnt"
+    """Of the decoder: learnt, or left at the rows' mean, where the penalty does not move it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.active <= self.features:
             raise UsageError(
                 f"coder.active must be 1 to coder.features, found {self.active} of {self.features}."
             )
+        if not 0 <= self.penalty < math.inf:
+            raise UsageError(f"coder.penalty must not be negative, found {self.penalty}.")
 
 
 @dataclass(frozen=True, kw_only=True)

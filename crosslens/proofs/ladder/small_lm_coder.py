@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from crosslens import functional as F
-from crosslens.coder import Coder, Crosscoder, Layout, TopK, Transpose
+from crosslens.coder import (
+    Coder,
+    Crosscoder,
+    Layout,
+    TopK,
+    Transpose,
+    all_rows,
+    train_pass,
+)
 from crosslens.proofs.families.small_lm import sites
 from crosslens.proofs.ladder.small_lm import SmallLM, Text, forward, windows
+from crosslens.proofs.ladder.small_lm_penalty import penalty, readers_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +34,10 @@ class Features:
     decoder_PFD: Tensor
     bias_PD: Tensor
 
+    def scaled(self, rows_PRD: Tensor) -> Tensor:
+        """Rows of the stream as the coder takes them [R, P D]."""
+        return _scaled(rows_PRD, self.scale_P)
+
 
 def train_coder(
     config: SmallLM,
@@ -32,8 +45,8 @@ def train_coder(
     text: Text,
     said: Callable[[str], None],
 ) -> Features:
-    """A TopK crosscoder over every site of the stream, on the training text. Sites are scaled to
-    equal size, so that none is drowned."""
+    """A TopK crosscoder over every site of the stream, on the training text, with the plan's
+    interaction penalty. Sites are scaled to equal size, so that none is drowned."""
     plan = config.coder
     generator = torch.Generator().manual_seed(config.seed + 3)
     layout = Layout(sites(config.layers), (config.width,) * (2 * config.layers + 1))
@@ -43,23 +56,40 @@ def train_coder(
     scale_P = (config.width**0.5) / sample.norm(dim=-1).mean(1)
     with torch.no_grad():
         coder.b_dec.copy_((sample.mean(1) * scale_P[:, None]).flatten())
+    variance = float(_scaled(sample, scale_P).var(0).sum())
+    how = plan.penalty, plan.form
+    more = penalty(how, readers_of(weights, scale_P), variance, config.seed + 4)
+    coder.b_dec.requires_grad_(plan.bias == "learnt")
     optimizer = torch.optim.Adam(coder.parameters(), lr=plan.learning_rate, betas=(0.9, 0.99))
     for step in range(plan.steps):
         if step % 16 == 0 and step:
             sample = _rows(config, 16 * plan.rows, weights, text, generator)
         at = slice(step % 16 * plan.rows, (step % 16 + 1) * plan.rows)
-        x_BX = (sample[:, at] * scale_P[:, None, None]).transpose(0, 1).flatten(1)
-        loss = F.squared_error(x_BX, coder(x_BX))
+        x_BX = _scaled(sample[:, at], scale_P)
+        done = train_pass(coder, all_rows(coder.wiring, x_BX), progress=step / plan.steps)
+        loss = F.squared_error(x_BX, done.recon_BY)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss + more(done) if plan.penalty else loss)
         optimizer.step()
         if step % 200 == 0:
             said(f"training the crosscoder: step {step}, loss {float(loss.detach()):.1f}")
+    return _features(coder, scale_P)
+
+
+def _features(coder: Coder, scale_P: Tensor) -> Features:
+    """The trained coder's vectors, in the model's own units."""
     coder.eval()
-    shape = (plan.features, 2 * config.layers + 1, config.width)
-    decoder = coder.W_dec[0].detach().reshape(shape).transpose(0, 1) / scale_P[:, None, None]
-    bias = coder.b_dec.detach().reshape(shape[1:]) / scale_P[:, None]
-    return Features(coder, scale_P, decoder.contiguous(), bias.contiguous())
+    decoder = _by_site(coder.W_dec[0], scale_P)
+    bias = _by_site(coder.b_dec[None], scale_P)[:, 0] / scale_P[:, None]
+    return Features(coder, scale_P, (decoder / scale_P[:, None, None]).contiguous(), bias)
+
+
+def _by_site(vectors_FX: Tensor, scale_P: Tensor) -> Tensor:
+    return vectors_FX.detach().reshape(len(vectors_FX), len(scale_P), -1).transpose(0, 1)
+
+
+def _scaled(rows_PRD: Tensor, scale_P: Tensor) -> Tensor:
+    return (rows_PRD * scale_P[:, None, None]).transpose(0, 1).flatten(1)
 
 
 @torch.no_grad()
@@ -80,7 +110,7 @@ def _rows(
 def encoded(features: Features, rows_PRD: Tensor, active: int) -> tuple[Tensor, Tensor]:
     """Codes of rows: the features [R, K] that the coder picks, and strengths that fit the rows best
     for these, none negative (projected gradient from the coder's own)."""
-    scaled = (rows_PRD * features.scale_P[:, None, None]).transpose(0, 1).flatten(1)
+    scaled = features.scaled(rows_PRD)
     strength, index = features.coder.encode(scaled.float()).topk(active)
     vectors = features.coder.W_dec[0][index].double()
     target = scaled.double() - features.coder.b_dec.double()
