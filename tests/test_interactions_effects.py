@@ -235,7 +235,7 @@ def test_what_cannot_be_measured_is_refused():
         effects(source, coder, model, replace(table, **nothing, measures={}), PLAN)
     with pytest.raises(UsageError, match=r"cannot be told at 'resid_mid\.7'"):
         effects(source, coder, model, replace(table, sites=("resid_mid.7", "mlp_in.1")), PLAN)
-    with pytest.raises(CrosslensError, match="meets on 5000 of 8192 positions"):
+    with pytest.raises(CrosslensError, match="meets on 5000 of the 127 tokens looked at"):
         effects(source, coder, model, table, replace(PLAN, least=5000))
     with pytest.raises(UsageError, match="as they are"):
         effects(source, coder, tiny("mistral"), table, PLAN)
