@@ -9,7 +9,6 @@ decoder's rows and to the strengths, and the constant part has none.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -108,15 +107,23 @@ def dominance(
 
 @torch.no_grad()
 def _winners(size_UW: Tensor, active: Active) -> Tensor:
-    """Which entry is the largest, for each token that has any and each column."""
-    index_E, starts = active.lists.index_N.long(), active.lists.starts_I.tolist()
-    found = [
-        (size_UW[index_E[a:b]] * active.strength_E[a:b, None]).argmax(0) + a
-        for a, b in pairwise(starts)
-        if b > a
-    ]
-    blank_TW = torch.zeros(0, size_UW.shape[1], dtype=torch.int64, device=size_UW.device)
-    return torch.stack(found) if found else blank_TW
+    """Which entry is the largest, for each token that has any and each column; of equal ones the
+    first. All tokens' first entries, then all second ones, …: a loop over tokens takes twice as
+    long."""
+    lists, index_E, strength_E = active.lists, active.lists.index_N.long(), active.strength_E
+    order_T = lists.counts_I.argsort(descending=True, stable=True)
+    order_T = order_T[lists.counts_I[order_T] > 0]
+    counts_T, starts_T = lists.counts_I[order_T], lists.starts_I[order_T]
+    best_TW = size_UW.new_full((len(order_T), size_UW.shape[1]), -torch.inf)
+    winner_TW = starts_T[:, None].repeat(1, size_UW.shape[1])
+    for slot in range(int(counts_T[:1].sum())):
+        n = int((counts_T > slot).sum())  # those whose lists are as long come first
+        entry_S = starts_T[:n] + slot
+        y_SW = size_UW.index_select(0, index_E[entry_S]).mul_(strength_E[entry_S, None])
+        larger_SW = y_SW > best_TW[:n]
+        winner_TW[:n] = torch.where(larger_SW, entry_S[:, None], winner_TW[:n])
+        best_TW[:n] = torch.maximum(best_TW[:n], y_SW)
+    return winner_TW[order_T.argsort()]
 
 
 def _homogeneous(kind: Kind) -> Kind:
