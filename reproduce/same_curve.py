@@ -116,8 +116,9 @@ def write_page(
         f"Made by `python -m reproduce.same_curve --steps {facts['steps']} --tokens "
         f"{facts['tokens']}` with torch {facts['torch']} on {facts['threads']} thread(s) "
         f"({facts['cpu']}). The demo's coder, the same rows in the same order, but in the last "
-        "column, which has another seed. Reference: whole codes, float32. Fast: entries only, "
-        "bfloat16 products. FVU on held-out rows, and its difference from the reference.",
+        "column, which has another seed and with it other documents on either side. Reference: "
+        "whole codes, float32. Fast: entries only, bfloat16 products. FVU on held-out rows, and "
+        "its difference from the reference.",
         "",
         f"| step | reference | {' | '.join(others)} |",
         f"| ---: | ---: |{' ---: |' * len(others)}",
