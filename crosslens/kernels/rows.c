@@ -142,19 +142,60 @@ static void widened(const uint16_t *restrict from, float *restrict to, i64 width
   }
 }
 
-/* bfloat16, up or down by a hash (Wellons's lowbias32) of place and salt: functional.adam.rounded.
- * `bits` says which half of the hash is used. */
-static void rounded(const float *restrict from, uint16_t *restrict to, i64 width, uint32_t place,
-                    uint32_t salt, int bits) {
+static inline uint16_t half_of(float from, uint32_t drawn) {
+  union { float value; uint32_t bits; } it = {from};
+  const uint32_t odd = from == from ? it.bits : it.bits | 0x400000; /* NaN stays one */
+  return (uint16_t)(((it.bits & 0x7F800000) == 0x7F800000 ? odd : it.bits + drawn) >> 16);
+}
+
+/* Moments as bfloat16, up or down by a hash (Wellons's lowbias32) of place and salt, whose lower half
+ * is for the second moment and upper half for the first: functional.adam.rounded. */
+static void keep(const float *restrict square, uint16_t *restrict square_to,
+                 const float *restrict mean, uint16_t *restrict mean_to, i64 width,
+                 uint32_t place) {
   for (i64 j = 0; j < width; j++) {
-    union { float value; uint32_t bits; } it = {from[j]};
-    uint32_t hash = place + (uint32_t)j + salt;
+    uint32_t hash = place + (uint32_t)j;
     hash = (hash ^ (hash >> 16)) * 0x7FEB352Du;
     hash = (hash ^ (hash >> 15)) * 0x846CA68Bu;
     hash ^= hash >> 16;
-    const uint32_t drawn = it.bits + ((hash >> bits) & 0xFFFF);
-    const uint32_t odd = it.value == it.value ? it.bits : it.bits | 0x400000; /* NaN stays one */
-    to[j] = (uint16_t)(((it.bits & 0x7F800000) == 0x7F800000 ? odd : drawn) >> 16);
+    square_to[j] = half_of(square[j], hash & 0xFFFF);
+    if (mean_to) mean_to[j] = half_of(mean[j], hash >> 16);
+  }
+}
+
+#define TILE 512 /* numbers whose widened moments stay in the nearest cache */
+
+/* A step of the weights from `at` on and of their moments, by their gradient. */
+static void move(const struct adam *how, const float *restrict gradient, float decay, i64 at, i64 width,
+                 float *weights, void *mean, void *square) {
+  const float lr = how->lr / how->bias1, over = 1.0f / how->bias2, eps = how->eps;
+  const float fresh1 = how->fresh1, fresh2 = how->fresh2, scale = how->scale;
+  float wide_square[TILE], wide_mean[TILE];
+  for (i64 start = 0; start < width; start += TILE) {
+    const i64 n = start + TILE < width ? TILE : width - start, here = at + start;
+    uint16_t *half_square = how->half ? (uint16_t *)square + here : NULL;
+    uint16_t *half_mean = how->half && mean ? (uint16_t *)mean + here : NULL;
+    const float *restrict g = gradient + start;
+    float *restrict w = weights + here;
+    float *restrict v = how->half ? wide_square : (float *)square + here;
+    float *restrict m = how->half || !mean ? wide_mean : (float *)mean + here;
+    if (half_square) widened(half_square, v, n);
+    if (half_mean) widened(half_mean, m, n);
+    if (mean) {
+      for (i64 j = 0; j < n; j++) {
+        const float it = g[j] * scale;
+        m[j] += fresh1 * (it - m[j]);
+        v[j] = decay * v[j] + fresh2 * it * it;
+        w[j] -= lr * m[j] / (sqrtf(v[j]) * over + eps);
+      }
+    } else {
+      for (i64 j = 0; j < n; j++) {
+        const float it = g[j] * scale;
+        v[j] = decay * v[j] + fresh2 * it * it;
+        w[j] -= lr * it / (sqrtf(v[j]) * over + eps);
+      }
+    }
+    if (half_square) keep(v, half_square, m, half_mean, n, (uint32_t)here + (uint32_t)how->salt);
   }
 }
 
@@ -167,45 +208,21 @@ static void rounded(const float *restrict from, uint16_t *restrict to, i64 width
 int NAMED(adam_rows)(const struct adam *how, const i64 *starts, const i32 *index,
                      const float *weight, const element *table, i64 width, float *weights,
                      void *mean, void *square, i32 *seen, element *copy, i64 first, i64 last) {
-  const float lr = how->lr / how->bias1, beta2 = how->beta2;
-  const float fresh1 = how->fresh1, fresh2 = how->fresh2;
-  const float eps = how->eps, scale = how->scale, over = 1.0f / how->bias2;
-  const int half = how->half != 0;
-  float *g = malloc((half ? 3 : 1) * width * sizeof(float));
+  float *restrict g = malloc(width * sizeof(float));
   if (!g) return 1;
   for (i64 i = first; i < last; i++) {
-    const i64 n = starts[i + 1] - starts[i], at = i * width;
-    float *restrict w = weights + at;
-    float *restrict v = half ? g + width : (float *)square + at;
-    float *restrict m = half ? g + 2 * width : (float *)mean + at;
+    const i64 n = starts[i + 1] - starts[i];
+    const float *restrict w = weights + i * width;
     element *restrict c = copy ? copy + i * width : NULL;
-    float decay = beta2;
+    float decay = how->beta2;
     if (!mean) {
       if (!n) continue;
-      decay = powf(beta2, (float)(how->step - seen[i]));
+      decay = powf(how->beta2, (float)(how->step - seen[i]));
       seen[i] = (i32)how->step;
     }
     weighed_sum(index + starts[i], weight + starts[i], n, table, width, g);
     if (how->projected) project(w, g, width);
-    if (half) widened((uint16_t *)square + at, v, width);
-    if (half && mean) widened((uint16_t *)mean + at, m, width);
-    if (mean) {
-      for (i64 j = 0; j < width; j++) {
-        const float it = g[j] * scale;
-        m[j] += fresh1 * (it - m[j]);
-        v[j] = decay * v[j] + fresh2 * it * it;
-        w[j] -= lr * m[j] / (sqrtf(v[j]) * over + eps);
-      }
-    } else {
-      for (i64 j = 0; j < width; j++) {
-        const float it = g[j] * scale;
-        v[j] = decay * v[j] + fresh2 * it * it;
-        w[j] -= lr * it / (sqrtf(v[j]) * over + eps);
-      }
-    }
-    if (half) rounded(v, (uint16_t *)square + at, width, (uint32_t)at, (uint32_t)how->salt, 0);
-    if (half && mean)
-      rounded(m, (uint16_t *)mean + at, width, (uint32_t)at, (uint32_t)how->salt, 16);
+    move(how, g, decay, i * width, width, weights, mean, square);
 #if TABLE == 16
     if (c)
       for (i64 j = 0; j < width; j++) {
