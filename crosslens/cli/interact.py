@@ -170,13 +170,15 @@ def _prediction(found: Mapping[str, Any]) -> str:
         return max(abs(float(each["spearman"])) for each in by_metric[metric].values())
 
     models = list(dict.fromkeys(name.rpartition("/")[0] for name in found["prediction"]))
+    shown = sorted(by_metric, key=best, reverse=True)[:SHOWN]
+    wide = max(map(len, shown))
     lines = [
         "what predicts the measured effect of a pair (Spearman, 95 %)",
-        *([] if models == [""] else [f"  {'':<18}" + "".join(f"{name:>25}" for name in models)]),
+        *([] if models == [""] else [f"  {'':<{wide}}" + "".join(f"{m:>25}" for m in models)]),
     ]
-    for metric in sorted(by_metric, key=best, reverse=True)[:SHOWN]:
+    for metric in shown:
         cells = [_spearman(by_metric[metric].get(model)) for model in models]
-        lines.append(f"  {metric:<18}" + "".join(f"{cell:>25}" for cell in cells))
+        lines.append(f"  {metric:<{wide}}" + "".join(f"{cell:>25}" for cell in cells))
     return "\n".join(lines)
 
 
