@@ -70,7 +70,7 @@ def _effective(kind: str, gated: bool, truth, generator) -> Effective:
     norm = Norm(kind="rms", gain_D=torch.ones(width), bias_D=None, eps=1e-6)
     mlp = MLP(
         layer=0,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         W_in_ND=value if gated else inner,
         b_in_N=None,
         W_gate_ND=inner if gated else None,
@@ -138,7 +138,7 @@ def _chunk(effective: Effective, codes: list[dict[int, float]], generator) -> Si
 def with_norm(these: SiteChunk, kind: str) -> SiteChunk:
     """A chunk whose effective weights come after a norm of its input."""
     width = these.input_RD.shape[1]
-    norm = Norm(kind=kind, gain_D=torch.ones(width), bias_D=None, eps=0.1)  # type: ignore[arg-type]
+    norm = Norm(kind=kind, gain_D=torch.ones(width), bias_D=None, eps=0.1)
     rows = norm.centred(these.input_RD)
     effective = replace(these.effective, norm=norm)
     return replace(these, effective=effective, input_RD=rows, scalar_R=norm.scalar(rows))

@@ -50,7 +50,7 @@ def site(kind: str, gated: bool, seed: int = 0, latents: int = L) -> Effective:
 
     mlp = MLP(
         layer=0,
-        kind=kind,  # type: ignore[arg-type]
+        kind=kind,
         W_in_ND=random(N, D, seed=1),
         b_in_N=None,
         W_gate_ND=random(N, D, seed=2) if gated else None,

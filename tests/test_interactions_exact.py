@@ -50,11 +50,13 @@ def chunks_at(model, *sites: str, **kwargs) -> list[dict[str, SiteChunk]]:
 def summed(chunk: SiteChunk) -> list[torch.Tensor]:
     """Latents + biases + error, for each branch."""
     one = chunk.effective
-    found = [bag_sum(chunk.lists, chunk.weight_E, one.E_LN) + chunk.constant_RN + chunk.error_RN]
-    if one.gate is not None:
-        latents = bag_sum(chunk.lists, chunk.weight_E, one.G_LN)
-        found.append(latents + chunk.constant_gate_RN + chunk.error_gate_RN)
-    return found
+    branches = [branch for branch in (one.value, one.gate) if branch is not None]
+    return [
+        bag_sum(chunk.lists, chunk.weight_E, branch.E_LN)
+        + chunk.constant(branch)
+        + chunk.error(branch.through_DN)
+        for branch in branches
+    ]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, rel: float = 1e-5) -> None:

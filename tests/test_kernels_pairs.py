@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def listed(kind: str, width: int) -> Listed:
     lists = lists_of(COUNTS, N_LATENTS)
     weight = torch.rand(len(lists.index_N), generator=seeded(1)) + 0.1
-    return Listed(kind, lists, weight, normal(width, seed=2).abs() + 0.1)  # type: ignore[arg-type]
+    return Listed(kind, lists, weight, normal(width, seed=2).abs() + 0.1)
 
 
 def branch(width: int, seed: int) -> Brought:

@@ -493,9 +493,9 @@ def test_the_checker_is_small_and_imports_no_search() -> None:
                 )
 
 
-def counted(run: object) -> int:
+def counted(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
-        run()  # type: ignore[operator]
+        run()
     return counter.get_total_flops()
 
 

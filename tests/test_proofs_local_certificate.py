@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -183,9 +184,9 @@ def test_corruptions_are_refused_or_sound(seed: int) -> None:
     assert not verdict.accepted or sum(true) / len(true) <= claim.bound * (1 + 1e-12)
 
 
-def counted(run: object) -> int:
+def counted(run: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter:
-        run()  # type: ignore[operator]
+        run()
     return counter.get_total_flops()
 
 

@@ -179,7 +179,7 @@ def _step(
     done, whole = state.step / config.fit.steps, config.objective.needs_all_latents
     shown = train_pass(coder, rows, dead_L, done, all_latents=whole)
     loss, parts = config.objective(shown, Beside(readers, generator))
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     factor = _rate(config, state.step)
     grad, gathered = _gradients(config, coder, shown)
     state.optimizer.step(factor, gathered)

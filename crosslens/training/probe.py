@@ -114,7 +114,7 @@ def interaction_seconds(
     def once() -> None:
         gathered = replace(known, gradients=RowGradients()) if sparse else None
         step = Pass(rows_BY, rows_BY, rows_BY[:, :0], code, coder, known=gathered)
-        config.objective.interaction(step, Beside(readers, draw)).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(config.objective.interaction(step, Beside(readers, draw)))
         if gathered is not None:
             for gradient in gathered.gradients.by_latent().values():
                 row_squares(gradient)

@@ -47,27 +47,6 @@ class SiteChunk:
         """Strength times the row's scalar, per entry."""
         return self.value_E * self.scalar_R[self.lists.items_N]
 
-    @cached_property
-    def constant_RN(self) -> Tensor:
-        """What the biases contribute."""
-        return self.constant(self.effective.value)
-
-    @cached_property
-    def constant_gate_RN(self) -> Tensor | None:
-        """The same to the gate."""
-        return None if self.effective.gate is None else self.constant(self.effective.gate)
-
-    @cached_property
-    def error_RN(self) -> Tensor:
-        """What the coder's error contributes."""
-        return self.error(self.effective.value.through_DN)
-
-    @cached_property
-    def error_gate_RN(self) -> Tensor | None:
-        """The same to the gate."""
-        gate = self.effective.gate
-        return None if gate is None else self.error(gate.through_DN)
-
     def constant(self, branch: Branch) -> Float[Tensor, "r n"]:
         """What the biases contribute to a branch."""
         return self.scalar_R[:, None] * branch.moving_N + branch.fixed_N
