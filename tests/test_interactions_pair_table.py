@@ -143,7 +143,7 @@ def test_triplets_are_the_sums(kind, gated):
         assert table.strength_C[c] == pytest.approx(float(found.total_CGM[c, :, 0].sum()) / n)
         assert table.product_C[c] == pytest.approx(float(found.total_CGM[c, :, 0].sum()) / 36)
         assert table.measures["shared"][c] == pytest.approx(float(met.column("shared")[place]) / n)
-        inner = met.effective.value.E_LN if not gated else met.effective.G_LN
+        inner = (met.effective.gate if gated else met.effective.value).E_LN
         rows = (inner[int(table.i_C[c])], inner[int(table.j_C[c])])
         proxy = F.hadamard(rows[0][None], rows[1][None], met.effective.out_norm_N)
         assert table.measures["hadamard"][c] == pytest.approx(float(proxy), rel=1e-5)

@@ -65,11 +65,6 @@ class Effective:
         """Each latent's contribution to each neuron, per unit of its strength times the scalar."""
         return self.value.E_LN
 
-    @property
-    def G_LN(self) -> Tensor | None:
-        """The same to the gate."""
-        return None if self.gate is None else self.gate.E_LN
-
 
 def mlp_sites(coder: Coder, model: LanguageModel) -> tuple[str, ...]:
     """The sites of `model` that the coder writes and that an MLP reads, now or after attention.
