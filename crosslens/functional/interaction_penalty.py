@@ -3,7 +3,7 @@
 Latent i of a token contributes y_i = a_i r (d_i · w_n) to neuron n: its strength, the scalar of the
 norm before the MLP, its decoder row through the MLP's input matrix (gain folded in). As in
 `crosslens.functional.interactions`, whose sums these are; here they keep their gradient to the
-decoder's rows and to the strengths, and the constant part has none.
+decoder's rows and bias and to the strengths.
 """
 
 from __future__ import annotations

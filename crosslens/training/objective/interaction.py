@@ -55,7 +55,8 @@ class Interaction:
     """How much of what latents do at the neurons of an MLP they do together and not one by one,
     on some tokens of the batch, mean over sites.
 
-    It moves the encoder and the decoder's rows, not the decoder's bias.
+    It moves the encoder and the decoder's rows, in its exact form the decoder's bias too: with the
+    bias held, the reconstruction moves into it what the latents give up, and the term rises.
     """
 
     weight: float = 0.0
@@ -159,8 +160,7 @@ def _active(step: Pass, reader: Reader, neurons: Neurons, entries: _Entries) -> 
     with torch.no_grad():
         x_TD = coder.unscaled_write(step.target_BY[entries.rows_T])[:, at]
         r_T = x_TD.new_ones(len(x_TD)) if reader.norm is None else reader.norm.scalar(x_TD)
-        bias_D = coder.unscaled_write(coder.b_dec[None])[0, at]
-        moving_W = F.upcast(bias_D.to(neurons.through_DW.dtype) @ neurons.through_DW)
+    bias_D = (coder.b_dec[at] / scale).to(neurons.through_DW.dtype)
     writes_E = _writing(coder.wiring, reader.site).to(r_T.device)[entries.latent_E]
     token_E = entries.token_E[writes_E]
     latent_U, place_E = torch.unique(entries.latent_E[writes_E], return_inverse=True)
@@ -169,7 +169,7 @@ def _active(step: Pass, reader: Reader, neurons: Neurons, entries: _Entries) -> 
         decoder_UD=_decoder_rows(step, reader.site, latent_U) / scale,
         lists=Lists(starts_I, place_E.int()),
         strength_E=entries.value_E[writes_E] * r_T[token_E],
-        always_TW=r_T[:, None] * moving_W + neurons.fixed_W,
+        always_TW=r_T[:, None] * F.upcast(bias_D @ neurons.through_DW) + neurons.fixed_W,
     )
 
 
