@@ -22,6 +22,7 @@ from crosslens.interactions.neurons.contributions import (
 )
 from crosslens.interactions.neurons.exact import SiteInteraction, SiteSums, interactions
 from crosslens.kernels import bag_sum
+from crosslens.kernels.build import built
 from crosslens.lm import ModelSpec, open_model
 from crosslens.lm.builtin import BUILT_IN
 from crosslens.storage import cache_folder
@@ -38,6 +39,18 @@ from tests.test_lm_families import FAMILIES, WIDTH, every_family, tiny, tokens
 from tests.test_lm_mlp import by_hand
 
 every_case = pytest.mark.parametrize("name", CASES)
+either_form = pytest.mark.usefixtures("form")
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def form(request, monkeypatch):
+    """By the compiled kernel, and by products in torch."""
+    if request.param == "torch":
+        without_kernel(monkeypatch)
+
+
+def without_kernel(monkeypatch) -> None:
+    monkeypatch.setattr("crosslens.interactions.neurons.fused.takes", lambda *_: False)
 
 
 def chunks_at(model, *sites: str, **kwargs) -> list[dict[str, SiteChunk]]:
@@ -115,6 +128,7 @@ def measured(name: str, per_chunk: int = 2, **kwargs) -> SiteInteraction:
     return interactions(source, coder_at(source.layout), model, **kwargs)[site]
 
 
+@either_form
 @every_case
 def test_every_sum_is_the_loop(name):
     found, expected = measured(name), truth(name)
@@ -134,6 +148,7 @@ def test_every_sum_is_the_loop(name):
     close(found.share_N, expected["interaction"] / expected["mass"], rel=1e-4)
 
 
+@either_form
 @every_case
 def test_tokens_and_documents_are_the_loop(name):
     heard = []
@@ -147,6 +162,7 @@ def test_tokens_and_documents_are_the_loop(name):
         close(getattr(found, f"{measure}_by_document"), documents)
 
 
+@either_form
 def test_cutting_the_tokens_otherwise_changes_nothing(monkeypatch):
     whole = measured("llama")
     monkeypatch.setattr("crosslens.interactions.neurons.exact.AT_ONCE", {"cpu": 100})
@@ -159,7 +175,8 @@ def test_cutting_the_tokens_otherwise_changes_nothing(monkeypatch):
 
 
 @every_case
-def test_entry_by_entry_is_the_loop_and_within_the_slack_of_the_series(name):
+def test_entry_by_entry_is_the_loop_and_within_the_slack_of_the_series(name, monkeypatch):
+    without_kernel(monkeypatch)
     exact, series = measured(name, additive="exact"), measured(name)
     smooth = series.kind not in ("relu", "relu2")
     assert (exact.additive, series.additive) == ("exact", "series" if smooth else "exact")
@@ -175,11 +192,19 @@ def test_entry_by_entry_is_the_loop_and_within_the_slack_of_the_series(name):
 @pytest.mark.parametrize("reach", [0.05, 1.0])
 def test_entries_beyond_the_series_are_computed(reach, monkeypatch):
     """With a reach that some, or nearly all, exceed."""
+    without_kernel(monkeypatch)
     monkeypatch.setattr("crosslens.interactions.neurons.inputs.SERIES_REACH", reach)
     for name in ("llama", "gpt2"):
         close(measured(name).interaction_N, truth(name)["interaction"])
 
 
+def test_the_kernel_needs_no_series():
+    found = measured("llama")
+    assert found.additive == ("exact" if built().compiled else "series")
+    assert (found.slack_share == 0) == (built().compiled is not None)
+
+
+@either_form
 def test_errors_in_bfloat16_are_near():
     (chunks,) = chunks_at(model_of("llama"), CASES["llama"])
     one = chunks[CASES["llama"]]

@@ -16,14 +16,15 @@ from pathlib import Path
 
 from crosslens.storage import cache_folder
 
-SOURCE = Path(__file__).with_name("rows.c")
-PAIRS = SOURCE.with_name("pairs.c")
+FOLDER = Path(__file__).parent
 OBJECTS = {
-    "rows16": (SOURCE, ["-DTABLE=16"]),
-    "rows32": (SOURCE, ["-DTABLE=32"]),
-    "pairs": (PAIRS, []),
+    "rows16": ("rows.c", ["-DTABLE=16"]),
+    "rows32": ("rows.c", ["-DTABLE=32"]),
+    "neurons": ("neurons.c", []),
+    "pairs": ("pairs.c", []),
 }
 """Each one's source, and flags of its own."""
+SOURCES = ("rows.c", "neurons.c", "pairs.c", "phi.h")
 SWITCH = "CROSSLENS_KERNELS"
 """Environment variable: `stock` does without compiled kernels."""
 FLAGS = (
@@ -81,7 +82,7 @@ def _compiler() -> list[str] | None:
 
 def _fingerprint(compiler: list[str]) -> str:
     """Of the source, the flags and the processor: a cache may be shared by machines."""
-    texts = SOURCE.read_text(), PAIRS.read_text()
+    texts = (f"{name}\n{(FOLDER / name).read_text()}" for name in SOURCES)
     parts = (*texts, *FLAGS, *NATIVE, *compiler, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -114,7 +115,7 @@ def _compile_for(compiler: list[str], native: str, folder: Path) -> Path:
     for name, (source, own) in OBJECTS.items():
         target = folder / f"{name}.o"
         flags = [*FLAGS, *([native] if native else []), *own]
-        _run([*compiler, *flags, "-c", str(source), "-o", str(target)])
+        _run([*compiler, *flags, "-c", str(FOLDER / source), "-o", str(target)])
         objects.append(str(target))
     made = folder / "rows.so"
     _run([*compiler, "-shared", "-o", str(made), *objects, "-lm"])

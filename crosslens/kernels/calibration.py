@@ -16,7 +16,7 @@ import torch
 
 from crosslens.allocator import KEPT
 from crosslens.errors import CrosslensError
-from crosslens.kernels.build import SOURCE
+from crosslens.kernels.build import FOLDER
 from crosslens.kernels.dispatch import chosen
 from crosslens.storage import cache_folder, load_json, save_json
 
@@ -167,7 +167,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "kernels": kernels_in_use(device),
-        "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16],
+        "source": hashlib.sha256((FOLDER / "rows.c").read_bytes()).hexdigest()[:16],
     }
 
 

@@ -4,69 +4,10 @@
  * Lists are as in rows.c, and so is the share [first, last) of a call; tables have `width` columns.
  */
 #include <float.h>
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef int64_t i64;
-typedef int32_t i32;
-
-enum kind { RELU, RELU2, SILU, GELU, GELU_TANH };
-
-/* e^x for x <= 0, to 1e-7 of itself down to e^-87. */
-static inline float power(float x) {
-  x = x > -87.0f ? x : -87.0f;
-  const float whole = rintf(x * 1.44269504f); /* of powers of two; ln 2 in two parts */
-  const float rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  float it = 1.9875691500e-4f;
-  it = it * rest + 1.3981999507e-3f;
-  it = it * rest + 8.3334519073e-3f;
-  it = it * rest + 4.1665795894e-2f;
-  it = it * rest + 1.6666665459e-1f;
-  it = it * rest + 5.0000001201e-1f;
-  it = it * rest * rest + rest + 1.0f;
-  union { i32 bits; float value; } two = {((i32)whole + 127) << 23};
-  return it * two.value;
-}
-
-static inline float sigmoid(float x) {
-  const float small = power(-fabsf(x));
-  return (x > 0 ? 1.0f : small) / (1.0f + small);
-}
-
-/* The normal distribution below x, to 1e-7 (Abramowitz and Stegun 7.1.26). */
-static inline float normal(float x) {
-  const float t = 1.0f / (1.0f + 0.23164189f * fabsf(x));
-  float it = 1.061405429f;
-  it = it * t - 1.453152027f;
-  it = it * t + 1.421413741f;
-  it = it * t - 0.284496736f;
-  it = it * t + 0.254829592f;
-  const float beyond = 0.5f * it * t * power(-0.5f * x * x);
-  return x > 0 ? 1.0f - beyond : beyond;
-}
-
-static inline float phi(enum kind kind, float x) {
-  const float open = x > 0 ? x : 0;
-  switch (kind) {
-    case RELU: return open;
-    case RELU2: return open * open;
-    case SILU: return x * sigmoid(x);
-    case GELU: return x * normal(x);
-    default: return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
-  }
-}
-
-/* One call for each kind, so that loops within have no choice to make. */
-#define OF_KIND(kind, CALL) \
-  switch (kind) { \
-    case RELU: CALL(RELU); break; \
-    case RELU2: CALL(RELU2); break; \
-    case SILU: CALL(SILU); break; \
-    case GELU: CALL(GELU); break; \
-    default: CALL(GELU_TANH); \
-  }
+#include "phi.h"
 
 /* ---- how much of each value each gate lets through, for all members of a row ---- */
 

@@ -7,8 +7,9 @@ always on) and of the coder's error (another one). docs/interactions_exact.md ha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float32, Float64, Int64
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from crosslens.activations import Source
 from crosslens.coder import Coder
+from crosslens.functional.interactions import SERIES
 from crosslens.interactions.neurons.contributions import (
     Effective,
     SiteChunk,
@@ -23,9 +25,11 @@ from crosslens.interactions.neurons.contributions import (
     mlp_sites,
     site_chunks,
 )
+from crosslens.interactions.neurons.fused import Fused
 from crosslens.interactions.neurons.inputs import (
     Additive,
     Neurons,
+    Tables,
     made_of,
     neurons_of,
     slack_of,
@@ -69,7 +73,8 @@ class SiteInteraction:
     kind: str
     gated: bool
     additive: Additive
-    """How each latent's own part was had; `exact` for ReLU and its square either way."""
+    """How each latent's own part was had; `exact` for ReLU and its square, and where a kernel takes
+    it, either way."""
     tokens: int
     entries: int
     interaction_N: Float64[Tensor, " n"]
@@ -172,26 +177,29 @@ class SiteSums:
     ) -> None:
         """
         Args:
-            additive: how each latent's own part is had, where φ is GELU or SiLU.
+            additive: how each latent's own part is had, where φ is GELU or SiLU and no kernel
+                computes it.
             dense: the format of the product with the coder's error. In bfloat16 what the error
                 contributes is rounded as a model in bfloat16 rounds its own pre-activations.
         """
         self.effective = effective
-        self._tables = tables_of(effective, additive, dense)
+        self._fused, self._additive = Fused(effective, dense), additive
         self._sums: dict[str, Tensor] = {}
         self._documents = torch.zeros(2, n_documents, dtype=torch.float64)
         self._tokens = self._entries = 0
 
+    @cached_property
+    def _tables(self) -> Tables:
+        return tables_of(self.effective, self._additive, self._fused.dense)
+
     @torch.no_grad()
     def add(self, chunk: SiteChunk) -> TokenSums:
         """Take in some tokens; returns what each of them has."""
-        n_neurons, device = len(self.effective.out_norm_N), chunk.scalar_R.device.type
-        together, at_once = PRODUCTS // n_neurons, AT_ONCE[device] // n_neurons
+        together = PRODUCTS // len(self.effective.out_norm_N)
         parts = [
-            self._add(neurons.rows(rows))
+            part
             for block in _cut(len(chunk.row_R), together)
-            for neurons in [neurons_of(chunk.piece(block), self._tables)]
-            for rows in _cut(len(neurons.through_R), at_once)
+            for part in self._parts(chunk.piece(block))
         ]
         tokens = TokenSums(chunk.row_R, *(torch.cat(each) for each in zip(*parts, strict=True)))
         known_R = chunk.document_R >= 0
@@ -201,25 +209,42 @@ class SiteSums:
         self._entries += len(chunk.value_E)
         return tokens
 
+    def _parts(self, chunk: SiteChunk) -> Iterator[tuple[Tensor, Tensor]]:
+        """What tokens have of interaction and mass, some at a time."""
+        if self._fused.takes:
+            sums, made_R, mass_R = self._fused.sums(chunk)
+            self._add(sums)
+            yield made_R, mass_R
+            return
+        at_once = AT_ONCE[chunk.scalar_R.device.type] // len(self.effective.out_norm_N)
+        neurons = neurons_of(chunk, self._tables)
+        for rows in _cut(len(neurons.through_R), at_once):
+            yield self._from_products(neurons.rows(rows))
+
     def figures(self) -> SiteInteraction:
         """All that was taken in. At least one chunk must have been."""
-        weight_N = self.effective.out_norm_N.double().cpu()
-        tables = self._tables
+        weight_N, kind = self.effective.out_norm_N.double().cpu(), self.effective.mlp.kind
+        exact = self._fused.takes or kind not in SERIES
+        sums = {"slack": torch.zeros_like(weight_N), **self._sums}
         return SiteInteraction(
             site=self.effective.site,
             layer=self.effective.layer,
-            kind=tables.kind,
-            gated=tables.gate is not None,
-            additive=tables.additive if tables.corrected else "exact",
+            kind=kind,
+            gated=self.effective.gate is not None,
+            additive="exact" if exact else self._additive,
             tokens=self._tokens,
             entries=self._entries,
             interaction_by_document=self._documents[0].clone(),
             mass_by_document=self._documents[1].clone(),
-            **{f"{name}_N": sum_N * weight_N for name, sum_N in self._sums.items()},
+            **{f"{name}_N": sum_N * weight_N for name, sum_N in sums.items()},
         )
 
-    def _add(self, neurons: Neurons) -> tuple[Tensor, Tensor]:
-        """Σ over neurons of the interaction and of the mass, per token."""
+    def _add(self, sums: Mapping[str, Tensor]) -> None:
+        for name, sum_N in sums.items():
+            self._sums[name] = sum_N.cpu().double() + self._sums.get(name, 0.0)
+
+    def _from_products(self, neurons: Neurons) -> tuple[Tensor, Tensor]:
+        """Takes in some tokens from their products; their interaction and mass, over neurons."""
         made, weight_N = made_of(self._tables.kind, neurons), self.effective.out_norm_N
         full_RN, known_RN = made.full.interaction, made.known.interaction
         of_error_RN = (full_RN - known_RN).abs_()
@@ -238,8 +263,7 @@ class SiteSums:
         for moving in made.moving:
             sums["mediated"] += neurons.through_R @ moving.total.abs()
             sums["direct"] += moving.size.sum(0)
-        for name, sum_N in sums.items():
-            self._sums[name] = sum_N.cpu().double() + self._sums.get(name, 0.0)
+        self._add(sums)
         return (full_RN @ weight_N).cpu(), (made.mass_RN @ weight_N).cpu()
 
 

@@ -26,7 +26,8 @@ from crosslens.functional.interactions import (
 )
 from crosslens.interactions.neurons.contributions import Branch, Effective, SiteChunk
 from crosslens.interactions.neurons.entries import entry_by_entry
-from crosslens.kernels import bag_sum, products
+from crosslens.interactions.neurons.scalar import through_scalar
+from crosslens.kernels import bag_sum
 
 Additive = Literal["series", "exact"]
 """How Σ φ(y_i) over latents is had for GELU and SiLU: from the sparse products that a series asks
@@ -265,17 +266,3 @@ def _even_of(chunk: SiteChunk, tables: Tables, chosen_E: Tensor) -> Tensor:
     few = Lists(starts_of(counts_R), lists.index_N[chosen_E])
     part = partial(even, tables.kind)
     return entry_by_entry(part, few, chunk.weight_E[chosen_E], *tables.acting)
-
-
-def through_scalar(chunk: SiteChunk) -> Float[Tensor, " r"]:
-    """Σ_i |ρ_i| per token, ρ_i = scalar² a_i ⟨x, d_i⟩ / D the share of latent i (of the biases, of
-    the error) in the row's mean square: −∂ log scalar / ∂ log a_i."""
-    one = chunk.effective
-    if one.norm is None:
-        return torch.zeros_like(chunk.scalar_R)
-    along_E = products(chunk.lists, chunk.input_RD, one.decoder_LD) * chunk.value_E
-    along_R = torch.zeros_like(chunk.scalar_R)
-    along_R.index_add_(0, chunk.lists.items_N, along_E.abs())
-    along_R += (chunk.input_RD @ one.bias_D).abs()
-    along_R += (chunk.input_RD * chunk.missed_RD).sum(-1).abs()
-    return along_R * chunk.scalar_R.square() / chunk.input_RD.shape[1]
