@@ -56,6 +56,14 @@ def test_degrees_of_freedom_are_satterthwaite_s():
     assert degrees_of_freedom(torch.full((16, 1), 1 / 16).double()).item() == pytest.approx(15)
 
 
+def test_two_groups_have_one_degree_of_freedom_however_they_are_rounded():
+    first_L = torch.linspace(0.01, 0.99, 500, dtype=torch.float64)
+    freedom_L = degrees_of_freedom(torch.stack([first_L, 1 - first_L]))
+    torch.testing.assert_close(freedom_L, torch.ones_like(first_L))
+    assert students_t(freedom_L, 0.95).isfinite().all()
+    assert degrees_of_freedom(doubles([1.0, 0.0])[:, None]).isnan()
+
+
 def test_a_slope_s_interval_is_that_of_the_regression():
     """Equal weights: the mean of the groups' ratios, and Student's interval of a mean."""
     generator = torch.Generator().manual_seed(1)

@@ -153,7 +153,9 @@ def degrees_of_freedom(share_GL: Float64[Tensor, "g l"]) -> Float64[Tensor, " l"
     """
     squares_GL = share_GL.square()
     a_GL = squares_GL / (1 - share_GL)
-    return 1 / (squares_GL.sum(0) + a_GL.sum(0).square() - a_GL.square().sum(0))
+    inverse_L = squares_GL.sum(0) + a_GL.sum(0).square() - a_GL.square().sum(0)
+    # Of two groups it is 1, which rounding would take below what Student's t is told of.
+    return (1 / inverse_L).clamp_min(1.0)
 
 
 def students_t(freedom_L: Float64[Tensor, " l"], level: float) -> Float64[Tensor, " l"]:
