@@ -71,19 +71,17 @@ def contestants(
             model.read(part, {last: lambda _x: None})
 
     own = {"mlp": mlps, "model": whole}
-    n_documents, dense = len(source.blocks.documents), next(model.module.parameters()).dtype
+    n_documents = len(source.blocks.documents)
     everything = {"harvest and coder": lambda: list(site_chunks(source, coder, model, effectives))}
-    return {**own, **ours(shown, n_documents, dense), **everything}
+    return {**own, **ours(shown, n_documents), **everything}
 
 
-def ours(
-    shown: list[dict[str, SiteChunk]], n_documents: int, dense: torch.dtype
-) -> dict[str, Callable[[], object]]:
+def ours(shown: list[dict[str, SiteChunk]], n_documents: int) -> dict[str, Callable[[], object]]:
     """The exact part in both ways, and the tables of pairs."""
     effectives = {site: chunk.effective for site, chunk in shown[0].items()}
 
     def exact(additive: Additive) -> Callable[[], object]:
-        sums = {s: SiteSums(one, n_documents, additive, dense) for s, one in effectives.items()}
+        sums = {s: SiteSums(one, n_documents, additive) for s, one in effectives.items()}
 
         def run() -> None:
             for chunks in anew(shown):
@@ -105,7 +103,7 @@ def anew(shown: list[dict[str, SiteChunk]]) -> list[dict[str, SiteChunk]]:
 
 
 def beside_the_loop(
-    shown: list[dict[str, SiteChunk]], tokens: int, dense: torch.dtype
+    shown: list[dict[str, SiteChunk]], tokens: int
 ) -> dict[str, Callable[[], object]]:
     """The published loop, and ours, on the first tokens."""
     lists = next(iter(shown[0].values())).piece(slice(0, tokens)).lists
@@ -115,7 +113,7 @@ def beside_the_loop(
     n_documents = 1 + max(int(chunk.document_R.max()) for chunk in some.values())
     return {
         "published loop": lambda: [published_loop(each) for each in codes],
-        **ours([some], n_documents, dense),
+        **ours([some], n_documents),
     }
 
 
@@ -215,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, source, coder, shown = prepared(asked.run, asked.tokens, asked.dtype)
     if asked.loop:
         tokens = min(asked.loop, next(iter(shown[0].values())).lists.n_items)
-        todo = beside_the_loop(shown, tokens, next(model.module.parameters()).dtype)
+        todo = beside_the_loop(shown, tokens)
         found = slower(rounds(todo, asked.repeats))
     else:
         tokens, todo = source.n_positions, contestants(model, source, coder, shown)

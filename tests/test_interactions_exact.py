@@ -67,7 +67,7 @@ def summed(chunk: SiteChunk) -> list[torch.Tensor]:
     return [
         bag_sum(chunk.lists, chunk.weight_E, branch.E_LN)
         + chunk.constant(branch)
-        + chunk.error(branch.through_DN)
+        + chunk.error(branch)
         for branch in branches
     ]
 
@@ -112,7 +112,7 @@ def test_each_contribution_is_that_of_the_loop(name):
             expected = torch.tensor([part.branches[i] for part in parts], dtype=torch.float64)
             close(branch.E_LN[latents] * weight, expected[:-2])
             close(chunk.constant(branch)[row], expected[-2])
-            close(chunk.error(branch.through_DN)[row], expected[-1])
+            close(chunk.error(branch)[row], expected[-1])
 
 
 @cache
@@ -208,7 +208,10 @@ def test_the_kernel_needs_no_series():
 def test_errors_in_bfloat16_are_near():
     (chunks,) = chunks_at(model_of("llama"), CASES["llama"])
     one = chunks[CASES["llama"]]
-    sums = [SiteSums(one.effective, 2, "series", d) for d in (torch.float32, torch.bfloat16)]
+    known = one.effective
+    gate = replace(known.gate, dense=torch.bfloat16)
+    short = replace(known, value=replace(known.value, dense=torch.bfloat16), gate=gate)
+    sums = [SiteSums(each, 2) for each in (known, short)]
     for each in sums:
         each.add(one)
     wide, short = (each.figures() for each in sums)

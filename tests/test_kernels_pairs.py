@@ -8,7 +8,7 @@ import torch
 from crosslens.functional import pairs as F
 from crosslens.kernels import build
 from crosslens.kernels import pairs as kernel
-from crosslens.kernels.pairs import KINDS, Brought, Listed, Met, Stand
+from crosslens.kernels.pairs import KINDS, Brought, Inside, Listed, Met
 from tests.kernel_forms import lists_of, seeded
 
 pytestmark = pytest.mark.skipif(build._compiler() is None, reason="no C compiler")
@@ -71,8 +71,8 @@ def meetings(it: Listed) -> Met:
     pairs = [torch.triu_indices(COUNTS[row], COUNTS[row], 1) for row in (3, 4)]
     starts = [int(it.lists.starts_I[row]) for row in (3, 4)]
     first, second = torch.cat([p + s for p, s in zip(pairs, starts, strict=True)], 1)
-    place = torch.tensor([0] * pairs[0].shape[1] + [1] * pairs[1].shape[1])
-    return Met(place + 3, place, first, second)
+    place = torch.tensor([3] * pairs[0].shape[1] + [4] * pairs[1].shape[1])
+    return Met(place, place, first, second)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -81,21 +81,23 @@ def meetings(it: Listed) -> Met:
 def test_meetings_in_context_are_the_equations(kind, width, gated):
     it = listed(kind, width)
     met, w = meetings(it), it.w_N.double()
-    gates, values = (
-        Stand(normal(N_LATENTS, width, seed=s), normal(CONTEXTS, 2, width, seed=s + 1))
-        for s in (30, 40)
-    )
-    inside = (normal(len(met.row_Q), CONTEXTS, 2, seed=50) > 0).float()
+    gates, values = branch(width, 30), branch(width, 40)
+    entries = normal(CONTEXTS, len(it.weight_E), seed=50) > 0
+    inside = Inside(entries, normal(CONTEXTS, len(COUNTS), seed=51) > 0)
     found, compared = kernel.in_context(it, met, gates, values if gated else None, inside)
 
-    def latents(stand: Stand, entry: torch.Tensor) -> torch.Tensor:
-        return stand.E_LN[it.lists.index_N[entry].long()].double() * it.weight_E[entry, None]
+    def latents(one: Brought, entry: torch.Tensor) -> torch.Tensor:
+        return one.E_LN[it.lists.index_N[entry].long()].double() * it.weight_E[entry, None]
 
-    def drives(stand: Stand, context: int) -> tuple[torch.Tensor, ...]:
-        first, second = latents(stand, met.first_Q), latents(stand, met.second_Q)
-        point = stand.point_CRN[context, met.place_Q].double()
-        in_first, in_second = inside[:, context, :, None].unbind(1)
-        return point - in_first * first - in_second * second, first, second
+    def drives(one: Brought, context: int) -> tuple[torch.Tensor, ...]:
+        first, second = latents(one, met.first_Q), latents(one, met.second_Q)
+        beside = []
+        for row, i, j in zip(met.row_Q, met.first_Q, met.second_Q, strict=True):
+            all_E = torch.arange(*it.lists.starts_I[row : row + 2].tolist())
+            others = all_E[entries[context, all_E] & (all_E != i) & (all_E != j)]
+            error = one.error_RN[row].double() * inside.error_CP[context, row]
+            beside.append(latents(one, others).sum(0) + one.always_RN[row] + error)
+        return torch.stack(beside), first, second
 
     for context in range(CONTEXTS):
         inner = drives(gates, context)
@@ -112,7 +114,7 @@ def test_meetings_in_context_are_the_equations(kind, width, gated):
         )
     first, second = latents(gates, met.first_Q).abs(), latents(gates, met.second_Q).abs()
     tables = [latents(gates, torch.arange(*it.lists.starts_I[r : r + 2].tolist())) for r in (3, 4)]
-    largest = torch.stack([table.abs().amax(0) for table in tables])[met.place_Q]
+    largest = torch.stack([table.abs().amax(0) for table in tables])[met.row_Q - 3]
     reach = F.reach(first, second, w)
     right = [*F.dominance(first, second, largest, w), F.ratio(first, second, w) * w.sum(), reach]
     assert torch.allclose(compared.double(), torch.stack(right, -1), rtol=1e-4, atol=1e-6)

@@ -139,12 +139,12 @@ struct pair {
   float *gate1, *gate2, *value1, *value2;
 };
 
-/* What the latent of an entry brings; without a table, nothing. */
-static void bring_one(const float *table, const i32 *index, const float *weight, i64 entry,
+/* What the latent of an entry brings; to no branch, nothing. */
+static void bring_one(const struct branch *it, const i32 *index, const float *weight, i64 entry,
                       i64 width, float *restrict to) {
-  if (!table) memset(to, 0, width * sizeof(float));
+  if (!it) memset(to, 0, width * sizeof(float));
   else {
-    const float *restrict from = table + (i64)index[entry] * width, a = weight[entry];
+    const float *restrict from = it->table + (i64)index[entry] * width, a = weight[entry];
     for (i64 j = 0; j < width; j++) to[j] = a * from[j];
   }
 }
@@ -199,34 +199,61 @@ static void find_largest(const float *table, const i32 *index, const float *weig
   }
 }
 
-/* Meetings of two entries on a row, those of one row one after another: out[q] holds `mixed` of
- * each context, then `compare`. Contexts: points [contexts, places, width] of gates and of values,
- * and per entry whether its latent is in [contexts, entries]. place[q] is the row's number among the
- * points' rows, row[q] among the lists'. Without a gate `values` and `value_points` are NULL.
- * Returns 0, or 1 where there is no memory. */
+/* Who is in each context: bytes [contexts, entries] and, for the error, [contexts, places]. */
+struct inside {
+  const uint8_t *entry, *error;
+  i64 contexts, entries, places;
+};
+
+/* Where a row stands in each context [contexts, width]: what is always on, and who is in. */
+static void stand(const struct branch *it, const struct inside *in, const i32 *index,
+                  const float *weight, i64 start, i64 stop, i64 place, i64 width, float *to) {
+  for (i64 c = 0; c < in->contexts; c++) {
+    const float *restrict always = it->always + place * width;
+    const float *restrict error = it->error + place * width;
+    const float with = in->error[c * in->places + place];
+    float *restrict point = to + c * width;
+    for (i64 j = 0; j < width; j++) point[j] = always[j] + with * error[j];
+  }
+  for (i64 e = start; e < stop; e++)
+    for (i64 c = 0; c < in->contexts; c++) {
+      const float *restrict from = it->table + (i64)index[e] * width, a = weight[e];
+      float *restrict point = to + c * width;
+      if (in->entry[c * in->entries + e])
+        for (i64 j = 0; j < width; j++) point[j] += a * from[j];
+    }
+}
+
+/* Meetings of two entries on a row, those of one row one after another: out[q] holds `mixed` of each
+ * context, then `compare`. row[q] is the row's number among the lists', place[q] among those that the
+ * branches tell what is beside latents on. Without a gate `values` is NULL. Returns 0, or 1 where
+ * there is no memory. */
 int in_context(const i64 *row, const i64 *place, const i64 *entry1, const i64 *entry2,
-               const i64 *starts, const i32 *index, const float *weight, const float *gates,
-               const float *values, const float *gate_points, const float *value_points,
-               const float *in, i64 contexts, i64 places, i64 width, const float *w, i64 kind,
-               float *out, i64 first, i64 last) {
-  float *room = malloc(5 * width * sizeof(float));
+               const i64 *starts, const i32 *index, const float *weight, const struct branch *gates,
+               const struct branch *values, const struct inside *in, i64 width, const float *w,
+               i64 kind, float *out, i64 first, i64 last) {
+  const i64 contexts = in->contexts;
+  float *room = malloc((5 + 2 * contexts) * width * sizeof(float));
   if (!room) return 1;
   const struct pair two = {room, room + width, room + 2 * width, room + 3 * width};
-  float *largest = room + 4 * width;
+  float *largest = room + 4 * width, *gate = room + 5 * width, *value = gate + contexts * width;
   for (i64 q = first; q < last; q++) {
+    const i64 start = starts[row[q]], stop = starts[row[q] + 1];
     bring_one(gates, index, weight, entry1[q], width, two.gate1);
     bring_one(gates, index, weight, entry2[q], width, two.gate2);
     bring_one(values, index, weight, entry1[q], width, two.value1);
     bring_one(values, index, weight, entry2[q], width, two.value2);
-    if (q == first || row[q] != row[q - 1])
-      find_largest(gates, index, weight, starts[row[q]], starts[row[q] + 1], width, largest);
+    if (q == first || row[q] != row[q - 1]) {
+      find_largest(gates->table, index, weight, start, stop, width, largest);
+      stand(gates, in, index, weight, start, stop, place[q], width, gate);
+      if (values) stand(values, in, index, weight, start, stop, place[q], width, value);
+    }
     float *to = out + q * (contexts + 1) * 4;
     for (i64 c = 0; c < contexts; c++) {
-      const i64 at = (c * places + place[q]) * width;
-      const float *value = value_points ? value_points + at : NULL;
-      const float in1 = in[(q * contexts + c) * 2], in2 = in[(q * contexts + c) * 2 + 1];
-#define MIXED(KIND) \
-  mixed(KIND, gate_points + at, value, in1, in2, &two, w, width, to + 4 * c)
+      const uint8_t *entry = in->entry + c * in->entries;
+      const float in1 = entry[entry1[q]], in2 = entry[entry2[q]];
+      const float *at = values ? value + c * width : NULL;
+#define MIXED(KIND) mixed(KIND, gate + c * width, at, in1, in2, &two, w, width, to + 4 * c)
       OF_KIND(kind, MIXED)
     }
     compare(&two, largest, w, width, to + 4 * contexts);

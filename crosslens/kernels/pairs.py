@@ -9,7 +9,7 @@ import ctypes
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from crosslens.functional.gathers import Lists
@@ -97,49 +97,49 @@ class Met:
 
     row_Q: Int64[Tensor, " q"]
     place_Q: Int64[Tensor, " q"]
-    """The row's number among those that there are points of."""
+    """The row's number among those of which it is known what is there beside latents."""
     first_Q: Int64[Tensor, " q"]
     """The first latent's entry."""
     second_Q: Int64[Tensor, " q"]
 
 
 @dataclass(frozen=True, eq=False)
-class Stand:
-    """Where a branch stands on some rows in each of some contexts."""
+class Inside:
+    """Who is in each context."""
 
-    E_LN: Float32[Tensor, "l n"]
-    point_CRN: Float32[Tensor, "c r n"]
+    entry_CE: Bool[Tensor, "c e"]
+    error_CP: Bool[Tensor, "c p"]
+    """By place."""
+
+
+class _Inside(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p), ("error", ctypes.c_void_p),
+        ("contexts", ctypes.c_int64), ("entries", ctypes.c_int64), ("places", ctypes.c_int64),
+    )  # fmt: skip
 
 
 def in_context(
-    listed: Listed,
-    met: Met,
-    gates: Stand,
-    values: Stand | None,
-    inside_QC2: Float32[Tensor, "q c 2"],
+    listed: Listed, met: Met, gates: Brought, values: Brought | None, inside: Inside
 ) -> tuple[Float[Tensor, "q c 4"], Float[Tensor, "q 4"]]:
     """Of each meeting, in each context, Σ w|Δ|, Σ wΔ and Σ w|u_i (what the second does to φ)|, and
     the other way; and both dominances, the ratio and the reach.
 
     Args:
-        gates: what φ acts on.
+        gates: what φ acts on; what is beside latents, by place.
         values: what a gate multiplies; without one, the last two of a context are 0.
-        inside_QC2: 1 where a context's point has the first, and the second, latent in it, else 0.
     """
-    n_contexts, n_places, width = gates.point_CRN.shape
+    entry_CE, error_CP = inside.entry_CE.contiguous(), inside.error_CP.contiguous()
+    n_contexts, n_entries = entry_CE.shape
+    given = entry_CE.data_ptr(), error_CP.data_ptr(), n_contexts, n_entries, error_CP.shape[1]
     found = torch.empty(len(met.row_Q), n_contexts + 1, 4)
-    null = ctypes.c_void_p(None)
-    tables = [null if one is None else one.E_LN.contiguous() for one in (gates, values)]
-    points = [null if one is None else one.point_CRN.contiguous() for one in (gates, values)]
+    branches = [None if each is None else _branch(each) for each in (gates, values)]
     fixed = (
         *(t.contiguous() for t in (met.row_Q, met.place_Q, met.first_Q, met.second_Q)),
         *_given(listed),
-        *tables,
-        *points,
-        inside_QC2.contiguous(),
-        n_contexts,
-        n_places,
-        width,
+        *(ctypes.c_void_p(None) if one is None else ctypes.byref(one[0]) for one in branches),
+        ctypes.byref(_Inside(*given)),
+        len(listed.w_N),
         listed.w_N.contiguous(),
         KINDS.index(listed.kind),
         found,

@@ -47,14 +47,14 @@ class SiteChunk:
         """Strength times the row's scalar, per entry."""
         return self.value_E * self.scalar_R[self.lists.items_N]
 
-    def constant(self, branch: Branch) -> Float[Tensor, "r n"]:
-        """What the biases contribute to a branch."""
-        return self.scalar_R[:, None] * branch.moving_N + branch.fixed_N
+    def constant(self, branch: Branch, rows: slice | Tensor = slice(None)) -> Float[Tensor, "r n"]:
+        """What the biases contribute to a branch on some of the rows."""
+        return self.scalar_R[rows, None] * branch.moving_N + branch.fixed_N
 
-    def error(self, through_DN: Float[Tensor, "d n"]) -> Float[Tensor, "r n"]:
-        """What the coder's error contributes through a matrix, in whose format it is computed."""
-        rows_RD = self.missed_RD * self.scalar_R[:, None]
-        return (rows_RD.to(through_DN.dtype) @ through_DN).float()
+    def error(self, branch: Branch, rows: slice | Tensor = slice(None)) -> Float[Tensor, "r n"]:
+        """What the coder's error contributes to a branch on some of the rows."""
+        rows_RD = self.missed_RD[rows] * self.scalar_R[rows, None]
+        return (rows_RD.to(branch.dense) @ branch.error_DN).float()
 
     def piece(self, rows: slice) -> SiteChunk:
         """Some consecutive tokens of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -30,6 +30,14 @@ class Branch:
     """Of the MLP's own bias and the norm's, which it does not."""
     through_DN: Float32[Tensor, "d n"]
     """From the site's raw units to pre-activations."""
+    dense: torch.dtype = torch.float32
+    """The format of the product with the coder's error: where the model has 16 bits, its own
+    pre-activations are rounded as much."""
+
+    @cached_property
+    def error_DN(self) -> Tensor:
+        """`through_DN` in that format."""
+        return self.through_DN.to(self.dense)
 
     @cached_property
     def has_fixed(self) -> bool:
@@ -124,9 +132,11 @@ def effective(coder: Coder, model: LanguageModel, site: str) -> Effective:
     mlp, device = mlp_of(model, layer), coder.b_dec.device
     norm = None if plain.startswith("mlp_in") else mlp.norm
     decoder_LD, bias_D = raw_decoder(coder, site)
+    short = next(model.module.parameters()).dtype.itemsize == 2
+    dense = torch.bfloat16 if short else torch.float32
 
     def branch(W_ND: Tensor, b_N: Tensor | None) -> Branch:
-        return branch_of(decoder_LD, bias_D, norm, W_ND.to(device), b_N)
+        return replace(branch_of(decoder_LD, bias_D, norm, W_ND.to(device), b_N), dense=dense)
 
     return Effective(
         site=site,

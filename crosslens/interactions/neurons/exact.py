@@ -157,9 +157,7 @@ def interactions(
     sites = mlp_sites(coder, model) if sites is None else sites
     effectives = {site: effective(coder, model, site) for site in sites}
     n_documents = len(source.blocks.documents)
-    short = next(model.module.parameters()).dtype.itemsize == 2
-    dense = torch.bfloat16 if short else torch.float32
-    sums = {site: SiteSums(one, n_documents, additive, dense) for site, one in effectives.items()}
+    sums = {site: SiteSums(one, n_documents, additive) for site, one in effectives.items()}
     for chunks in site_chunks(source, coder, model, effectives):
         receive({site: sums[site].add(chunk) for site, chunk in chunks.items()})
     return {site: one.figures() for site, one in sums.items()}
@@ -173,24 +171,21 @@ class SiteSums:
         effective: Effective,
         n_documents: int,
         additive: Additive = "series",
-        dense: torch.dtype = torch.float32,
     ) -> None:
         """
         Args:
             additive: how each latent's own part is had, where φ is GELU or SiLU and no kernel
                 computes it.
-            dense: the format of the product with the coder's error. In bfloat16 what the error
-                contributes is rounded as a model in bfloat16 rounds its own pre-activations.
         """
         self.effective = effective
-        self._fused, self._additive = Fused(effective, dense), additive
+        self._fused, self._additive = Fused(effective), additive
         self._sums: dict[str, Tensor] = {}
         self._documents = torch.zeros(2, n_documents, dtype=torch.float64)
         self._tokens = self._entries = 0
 
     @cached_property
     def _tables(self) -> Tables:
-        return tables_of(self.effective, self._additive, self._fused.dense)
+        return tables_of(self.effective, self._additive)
 
     @torch.no_grad()
     def add(self, chunk: SiteChunk) -> TokenSums:

@@ -20,8 +20,6 @@ class Fused:
     """One site's neurons as the kernel is given them."""
 
     effective: Effective
-    dense: torch.dtype
-    """The format of the product with the coder's error."""
 
     @property
     def kind(self) -> Kind:
@@ -38,11 +36,6 @@ class Fused:
         low_L, high_L = (self.effective.gate or self.effective.value).E_LN.aminmax(dim=1)
         return torch.maximum(-low_L, high_L)
 
-    @cached_property
-    def _through(self) -> dict[Branch, Tensor]:
-        branches = (self.effective.value, self.effective.gate)
-        return {one: one.through_DN.to(self.dense) for one in branches if one is not None}
-
     def sums(self, chunk: SiteChunk) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Over some tokens: `SiteInteraction`'s sums per neuron but for the weight, in float64; and
         per token the interaction and the mass, weighed."""
@@ -56,17 +49,18 @@ class Fused:
             w_N=self.effective.out_norm_N,
         )
         value, gate = (
-            None if branch is None else self._reaching(branch, chunk)
+            None if branch is None else _reaching(branch, chunk)
             for branch in (self.effective.value, self.effective.gate)
         )
         assert value is not None
         sums_SN, made_R, mass_R = kernel.interaction_sums(asked, value, gate)
         return dict(zip(kernel.SUMS, sums_SN, strict=True)), made_R, mass_R
 
-    def _reaching(self, branch: Branch, chunk: SiteChunk) -> kernel.Reaching:
-        return kernel.Reaching(
-            E_LN=branch.E_LN,
-            moving_N=branch.moving_N,
-            fixed_N=branch.fixed_N,
-            error_RN=chunk.error(self._through[branch]),
-        )
+
+def _reaching(branch: Branch, chunk: SiteChunk) -> kernel.Reaching:
+    return kernel.Reaching(
+        E_LN=branch.E_LN,
+        moving_N=branch.moving_N,
+        fixed_N=branch.fixed_N,
+        error_RN=chunk.error(branch),
+    )

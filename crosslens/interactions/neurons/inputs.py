@@ -40,8 +40,6 @@ class Table:
 
     branch: Branch
     size_LN: Float[Tensor, "l n"]
-    through_DN: Float[Tensor, "d n"]
-    """In the format that the error's product is computed in."""
 
     @property
     def signed_LN(self) -> Tensor:
@@ -77,15 +75,11 @@ class Tables:
         return self.kind in SERIES
 
 
-def tables_of(effective: Effective, additive: Additive, dense: torch.dtype) -> Tables:
-    """The tables of a site.
-
-    Args:
-        dense: the format of the product with the coder's error.
-    """
+def tables_of(effective: Effective, additive: Additive) -> Tables:
+    """The tables of a site."""
 
     def table(branch: Branch) -> Table:
-        return Table(branch, branch.E_LN.abs(), branch.through_DN.to(dense))
+        return Table(branch, branch.E_LN.abs())
 
     kind, gate = effective.mlp.kind, effective.gate
     value, gate_table = table(effective.value), None if gate is None else table(gate)
@@ -135,8 +129,7 @@ class Inputs:
     def rows(self, at: slice) -> Inputs:
         """Of some of the tokens."""
         latents = Signed(self.latents.total[at], self.latents.size[at])
-        # In full format only here: a product in bfloat16 is half as much to write and read.
-        return Inputs(self.branch, self.scalar_R[at], latents, self.error_RN[at].float())
+        return Inputs(self.branch, self.scalar_R[at], latents, self.error_RN[at])
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,9 +229,8 @@ def _inputs(chunk: SiteChunk, table: Table) -> Inputs:
         bag_sum(chunk.lists, chunk.weight_E, table_LN)
         for table_LN in (table.signed_LN, table.size_LN)
     )
-    error_RD = (chunk.missed_RD * chunk.scalar_R[:, None]).to(table.through_DN.dtype)
     latents = Signed(total_RN, size_RN)
-    return Inputs(table.branch, chunk.scalar_R, latents, error_RD @ table.through_DN)
+    return Inputs(table.branch, chunk.scalar_R, latents, chunk.error(table.branch))
 
 
 def _by_terms(chunk: SiteChunk, tables: Tables, value: Signed) -> Tensor:

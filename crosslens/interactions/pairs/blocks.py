@@ -128,15 +128,14 @@ class Beside:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A branch's weights, in the formats that products are taken in."""
+    """A branch's weights, in the format that products are taken in."""
 
     branch: Branch
     E_LN: Float[Tensor, "l n"]
-    through_DN: Float[Tensor, "d n"]
 
     def beside(self, chunk: SiteChunk) -> Beside:
         """What is there on a chunk's rows."""
-        return Beside(chunk.constant(self.branch), chunk.error(self.through_DN))
+        return Beside(chunk.constant(self.branch), chunk.error(self.branch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,17 +161,13 @@ class Tables:
 
 
 def tables(effective: Effective, dtype: torch.dtype) -> Tables:
-    """Where there is a gate, the error's part of both branches is in that format, and so is what it
-    multiplies unless a kernel takes it; what goes into the nonlinearity from latents is always
-    whole."""
+    """What a gate multiplies is in that format unless a kernel takes it; what goes into the
+    nonlinearity is always whole."""
     value, gate = effective.value, effective.gate
     if gate is None:
-        return Tables(Table(value, value.E_LN, value.through_DN), None)
+        return Tables(Table(value, value.E_LN), None)
     sparse = value.E_LN.dtype if kernel.takes(gate.E_LN, value.E_LN) else dtype
-    return Tables(
-        inner=Table(gate, gate.E_LN, gate.through_DN.to(dtype)),
-        value=Table(value, value.E_LN.to(sparse), value.through_DN.to(dtype)),
-    )
+    return Tables(Table(gate, gate.E_LN), Table(value, value.E_LN.to(sparse)))
 
 
 def members(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -39,6 +39,8 @@ ELEMENTS = 1 << 18
 """Of a block of pairs × neurons: 1 MB."""
 ROWS = 64
 """Tokens that are looked at together."""
+MANY_ROWS = 1 << 10
+"""The same where a kernel holds what goes into their neurons."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +115,8 @@ class _Site:
         share_Q = self.wanted.share_C[met.at_Q // self.plan.groups]
         met = met.some((chance_R[met.row_Q] < share_Q).nonzero().squeeze(-1))
         self.measured_X += torch.bincount(met.at_Q, minlength=len(self.met_X))
-        for part, rows_R in _by_rows(met):
-            these = points(chunk, rows_R, drawn)
-            for some in _parts(part, these):
-                found_MQ = torch.stack(_measured(these, some))
-                self.total_XM.index_add_(0, some.at_Q, found_MQ.T.double())
+        for at_Q, found in _measured(chunk, met, drawn):
+            self.total_XM.index_add_(0, at_Q, torch.stack(found).T.double())
 
     def _meetings(self, chunk: SiteChunk, index: PairIndex) -> Meetings:
         """All meetings of wanted pairs in a chunk, by row."""
@@ -159,32 +158,43 @@ def measure_in_context(
     return {name: site.in_context() for name, site in sites.items()}
 
 
-def _by_rows(met: Meetings) -> Iterator[tuple[Meetings, Tensor]]:
+def _measured(
+    chunk: SiteChunk, met: Meetings, drawn: Sequence[Coalition]
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Of some meetings at a time, where their sums are, and `IN_CONTEXT`, one column after another
+    [Q]."""
+    if takes_contexts(chunk):
+        for part, rows_R in _by_rows(met, MANY_ROWS):
+            meetings = part.row_Q, part.first_Q, part.second_Q
+            yield part.at_Q, fused_contexts(chunk, rows_R, meetings, drawn)
+        return
+    for part, rows_R in _by_rows(met, ROWS):
+        these = points(chunk, rows_R, drawn)
+        for some in _parts(part, len(these.w_N)):
+            yield some.at_Q, _by_steps(these, some)
+
+
+def _by_rows(met: Meetings, rows: int) -> Iterator[tuple[Meetings, Tensor]]:
     """Meetings of some rows at a time, their rows renumbered; and these rows."""
     rows_R, place_Q = torch.unique_consecutive(met.row_Q, return_inverse=True)
-    edges = torch.arange(0, len(rows_R) + ROWS, ROWS, device=rows_R.device)
+    edges = torch.arange(0, len(rows_R) + rows, rows, device=rows_R.device)
     edges_P = torch.searchsorted(place_Q, edges).tolist()
     for part, (start, stop) in enumerate(pairwise(edges_P)):
-        first, at = part * ROWS, slice(start, stop)
+        first, at = part * rows, slice(start, stop)
         row_Q = place_Q[at] - first
         mine = Meetings(row_Q, met.first_Q[at], met.second_Q[at], met.at_Q[at])
-        yield mine, rows_R[first : first + ROWS]
+        yield mine, rows_R[first : first + rows]
 
 
-def _parts(met: Meetings, these: Points) -> Iterator[Meetings]:
-    """Some meetings at a time, unless a kernel takes them all, which holds no contribution."""
-    if takes_contexts(these.chunk):
-        yield met
-        return
-    size = max(1, ELEMENTS // len(these.w_N))
+def _parts(met: Meetings, n_neurons: int) -> Iterator[Meetings]:
+    """Some meetings at a time."""
+    size = max(1, ELEMENTS // n_neurons)
     for at in split_rows(torch.arange(len(met.row_Q), device=met.row_Q.device), size):
         yield met.some(at)
 
 
-def _measured(these: Points, met: Meetings) -> list[Tensor]:
+def _by_steps(these: Points, met: Meetings) -> list[Tensor]:
     """`IN_CONTEXT` of some meetings, one column after another [Q]."""
-    if takes_contexts(these.chunk):
-        return fused_contexts(these, met.row_Q, met.first_Q, met.second_Q)
     first, second = these.latents(met.first_Q), these.latents(met.second_Q)
     pairs, w_N = ((met.first_Q, first), (met.second_Q, second)), these.w_N
     sums, gated = [], None

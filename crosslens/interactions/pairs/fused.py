@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crosslens.interactions.neurons.contributions import SiteChunk
+from crosslens.interactions.neurons.contributions import Branch, SiteChunk
 from crosslens.interactions.pairs.blocks import Beside, Block, Tables
-from crosslens.interactions.pairs.points import Points
+from crosslens.interactions.pairs.points import Coalition
 from crosslens.kernels import pairs as kernel
 
 
@@ -36,25 +38,24 @@ def takes_contexts(chunk: SiteChunk) -> bool:
 
 
 def fused_contexts(
-    these: Points, place_Q: Tensor, first_Q: Tensor, second_Q: Tensor
+    chunk: SiteChunk,
+    row_R: Tensor,
+    meetings: tuple[Tensor, Tensor, Tensor],
+    drawn: Sequence[Coalition],
 ) -> list[Tensor]:
     """`IN_CONTEXT` of some meetings, one column after another [Q].
 
     Args:
-        place_Q: where each one's row is among those of the points, ascending.
+        row_R: the rows that they are on, ascending.
+        meetings: of each, the place of its row among these, ascending, and its two entries.
     """
-    branches = (these.inner, these.value)
-    gates, values = (
-        None
-        if branch is None
-        else kernel.Stand(branch.E_LN, torch.stack([c.point_R.branch(at) for c in these.contexts]))
-        for at, branch in enumerate(branches)
-    )
+    one, (place_Q, first_Q, second_Q) = chunk.effective, meetings
+    inner, value = (one.value, None) if one.gate is None else (one.gate, one.value)
+    gates, values = (None if b is None else _brought(chunk, b, row_R) for b in (inner, value))
     assert gates is not None
-    inside = [torch.stack([c.holds(e) for c in these.contexts], 1) for e in (first_Q, second_Q)]
-    met = kernel.Met(these.row_R[place_Q], place_Q, first_Q, second_Q)
+    met = kernel.Met(row_R[place_Q], place_Q, first_Q, second_Q)
     found_QC4, compared_Q4 = kernel.in_context(
-        _listed(these.chunk), met, gates, values, torch.stack(inside, -1)
+        _listed(chunk), met, gates, values, _inside(chunk, row_R, drawn)
     )
     rest_Q4, bias_Q4, shapley_QS4 = found_QC4[:, 0], found_QC4[:, 1], found_QC4[:, 2:]
     first_dominant, second_dominant, ratio, reach = compared_Q4.T
@@ -66,6 +67,20 @@ def fused_contexts(
         *rest_Q4.T[2:],
         first_dominant,
         second_dominant,
-        ratio / these.w_N.sum().clamp_min(torch.finfo(these.w_N.dtype).tiny),
+        ratio / one.out_norm_N.sum().clamp_min(torch.finfo(ratio.dtype).tiny),
         reach,
     ]
+
+
+def _brought(chunk: SiteChunk, branch: Branch, row_R: Tensor) -> kernel.Brought:
+    always_RN, error_RN = chunk.constant(branch, row_R), chunk.error(branch, row_R)
+    return kernel.Brought(branch.E_LN, always_RN, error_RN)
+
+
+def _inside(chunk: SiteChunk, row_R: Tensor, drawn: Sequence[Coalition]) -> kernel.Inside:
+    """Everything (`rest`), nothing (`bias`), then each coalition."""
+    every_E = torch.ones_like(chunk.weight_E, dtype=torch.bool)
+    every_P = torch.ones_like(row_R, dtype=torch.bool)
+    entries = [every_E, ~every_E, *(each.latent_E for each in drawn)]
+    errors = [every_P, ~every_P, *(each.error_R[row_R] for each in drawn)]
+    return kernel.Inside(torch.stack(entries), torch.stack(errors))

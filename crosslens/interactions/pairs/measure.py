@@ -40,9 +40,9 @@ class PairPlan:
     most_keys: int = 1 << 20
     """Pairs that are kept in memory in the first pass, the same for all sites."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Format in which the first pass multiplies what the coder misses, where there is a gate; and,
-    where no compiled kernel does it, what the gate multiplies. bfloat16 is faster where the
-    processor multiplies it, and rounds `shared` to three digits on each token."""
+    """Format in which the first pass multiplies what a gate does, where no compiled kernel does it.
+    bfloat16 is faster where the processor multiplies it, and rounds `shared` to three digits on
+    each token."""
     contexts: ContextPlan = ContextPlan()
 
     def __post_init__(self) -> None:

@@ -167,9 +167,8 @@ def _sums(
     if branch is None:
         return [None] * (2 + len(drawn))
     lists, entry_E = listed
-    weight_E, scalar_R = chunk.weight_E[entry_E], chunk.scalar_R[row_R]
-    always_RN = scalar_R[:, None] * branch.moving_N + branch.fixed_N
-    error_RN = (chunk.missed_RD[row_R] * scalar_R[:, None]) @ branch.through_DN
+    weight_E = chunk.weight_E[entry_E]
+    always_RN, error_RN = chunk.constant(branch, row_R), chunk.error(branch, row_R)
     whole_RN = bag_sum(lists, weight_E, branch.E_LN) + always_RN + error_RN
     found: list[Tensor | None] = [whole_RN, always_RN]
     for each in drawn:

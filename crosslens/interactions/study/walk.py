@@ -14,7 +14,6 @@ from crosslens.coder import Coder
 from crosslens.interactions.neurons.contributions import SiteChunk, site_chunks
 from crosslens.interactions.neurons.effective import Effective
 from crosslens.interactions.neurons.exact import SiteInteraction, SiteSums
-from crosslens.interactions.neurons.inputs import Additive
 from crosslens.lm import LanguageModel
 
 Report = Callable[[str, int, int, Mapping[str, float]], None]
@@ -64,11 +63,7 @@ class Walks:
         self._chunks = partial(site_chunks, source, coder, model, effectives)
         self._n_chunks, self._report, self._walked = source.n_chunks, report, 0
         n_documents, n_latents = len(source.blocks.documents), coder.wiring.n_latents
-        dense = _format_of(model)
-        additive: Additive = "series"
-        self._sums = {
-            site: SiteSums(one, n_documents, additive, dense) for site, one in effectives.items()
-        }
+        self._sums = {site: SiteSums(one, n_documents) for site, one in effectives.items()}
         self._found: dict[str, SiteInteraction] = {}
         self._strengths = {site: Strengths(n_latents) for site in effectives}
 
@@ -98,9 +93,3 @@ class Walks:
         for site, chunk in chunks.items():
             self._sums[site].add(chunk)
             self._strengths[site].add(chunk)
-
-
-def _format_of(model: LanguageModel) -> torch.dtype:
-    """In which the coder's error is multiplied: as the model rounds its own pre-activations."""
-    short = next(model.module.parameters()).dtype.itemsize == 2
-    return torch.bfloat16 if short else torch.float32
