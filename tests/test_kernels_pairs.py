@@ -136,3 +136,29 @@ def test_threads_change_nothing():
 def test_other_formats_are_not_taken():
     assert kernel.takes(torch.zeros(2), torch.zeros(1))
     assert not kernel.takes(torch.zeros(2), torch.zeros(2).bfloat16())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharing_is_the_equations(kind, width):
+    it, values = listed(kind, width), branch(width, 60)
+    rows = torch.tensor([4, 0, 1, 3, 2, 5])
+    found = kernel.sharing(it, rows, values)
+    assert [t.shape for t in found] == [(6, 27, 27), (6, 27, 27), (6,)]
+    w, size = it.w_N.double(), 2e-6 * float(it.w_N.sum())
+    for place, row in enumerate(rows.tolist()):
+        y, n = brought(it, values, row), COUNTS[row]
+        members = [*range(n), 25, 26]  # after the padding, the always-on part and the error
+        others = ~torch.eye(n + 2, dtype=torch.bool)
+        right = [F.shared(kind, y[None], w)[0], F.coupling(kind, y[None], w)[0]]
+        if kind == "relu2":
+            above, below = y[:n].abs().sum(0), torch.relu(-y[:n]).sum(0)
+            assert float(found[2][place]) == pytest.approx(
+                float((above**2 - below**2) @ w), rel=1e-5
+            )
+            right[1] = torch.zeros_like(right[1])
+        for matrix, expected in zip(found, right, strict=False):
+            here = matrix[place][members][:, members].double()
+            torch.testing.assert_close(here[others], expected[others], rtol=1e-5, atol=size)
+            assert not matrix[place, n:25].any()
+            assert not matrix[place, :, n:25].any()

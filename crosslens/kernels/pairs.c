@@ -132,6 +132,101 @@ int gating(const i64 *rows, const i64 *starts, const i32 *index, const float *we
   return failed;
 }
 
+/* ---- what a row's members share of its interaction, without a gate ---- */
+
+/* Values become their parts above 0, gates w times those below over the larger of both sums. For
+ * RELU2 both become sizes, where the sum of all is above 0 only; returns the sum of w ((sum of
+ * latents' sizes) squared less that below 0). */
+static inline float share_out(enum kind kind, struct tile *it, i64 n_latents,
+                              const float *restrict w) {
+  float *restrict above = it->sum, *restrict below = it->whole, square = 0;
+  memset(above, 0, it->n * sizeof(float));
+  memset(below, 0, it->n * sizeof(float));
+  for (i64 m = 0; m < n_latents + 2; m++) {
+    float *restrict gate = it->gate + m * TILE, *restrict value = it->value + m * TILE;
+    if (m == n_latents)
+      for (i64 j = 0; j < it->n; j++) square += w[j] * above[j] * (above[j] + 2 * below[j]);
+    for (i64 j = 0; j < it->n; j++) {
+      const float size = fabsf(value[j]), p = 0.5f * (size + value[j]), q = size - p;
+      above[j] += p;
+      below[j] += q;
+      value[j] = kind == RELU2 ? size : p;
+      gate[j] = kind == RELU2 ? size : q;
+    }
+  }
+  for (i64 j = 0; j < it->n; j++) {
+    const float more = above[j] > below[j] ? above[j] : below[j];
+    if (kind == RELU2) above[j] = above[j] > below[j] ? w[j] : 0;
+    else above[j] = w[j] / (more > FLT_MIN ? more : FLT_MIN);
+  }
+  for (i64 m = 0; m < n_latents + 2; m++) {
+    float *restrict gate = it->gate + m * TILE;
+    for (i64 j = 0; j < it->n; j++) gate[j] *= above[j];
+  }
+  return square;
+}
+
+/* Adds the sum of w times the smaller of two sizes where the signs are opposite. */
+static void couple(const float *restrict first, const float *restrict second,
+                   const float *restrict w, i64 n, float *restrict out, i64 wide) {
+  float sums[DOWN][DOWN][LANES] = {{{0}}};
+  for (i64 j = 0; j < n; j += LANES)
+    for (int a = 0; a < DOWN; a++)
+      for (int b = 0; b < DOWN; b++)
+        for (int v = 0; v < LANES; v++) {
+          const float x = first[a * TILE + j + v], y = second[b * TILE + j + v];
+          const float twice = fabsf(x - y) - fabsf(x + y);
+          sums[a][b][v] += w[j + v] * (twice > 0 ? twice : 0);
+        }
+  for (int a = 0; a < DOWN; a++)
+    for (int b = 0; b < DOWN; b++)
+      for (int v = 0; v < LANES; v++) out[a * wide + b] += 0.5f * sums[a][b][v];
+}
+
+/* shared[i], coupled[i] [most, most]: of all members a and b of row rows[i] the sum over neurons of
+ * w (p_a q_b + q_a p_b) / max(P, Q), p and q what they bring above and below 0, and of w min(|y_a|,
+ * |y_b|) where the signs are opposite. For RELU2 shared is 2 w |y_a y_b| where the sum is above 0,
+ * coupled is left alone, and squares[i] is what `share_out` returns. Returns 0, or 1 where there is
+ * no memory. */
+int sharing(const i64 *rows, const i64 *starts, const i32 *index, const float *weight,
+            const struct branch *values, i64 width, const float *w, i64 kind, i64 most,
+            float *shared, float *coupled, float *squares, i64 first, i64 last) {
+  const i64 wide = (most + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
+  float *room = calloc((2 * wide + 3) * TILE, sizeof(float));
+  float *square = malloc(2 * wide * wide * sizeof(float)), *couples = square + wide * wide;
+  struct tile it = {room, room + wide * TILE, room + 2 * wide * TILE, room + (2 * wide + 1) * TILE, 0};
+  float *weights = room + (2 * wide + 2) * TILE; /* to a whole LANES */
+  for (i64 i = first; room && square && i < last; i++) {
+    const i64 row = rows[i], start = starts[row], n_latents = starts[row + 1] - start;
+    const i64 members = n_latents + 2;
+    memset(square, 0, 2 * wide * wide * sizeof(float));
+    squares[i] = 0;
+    for (i64 at = 0; at < width; at += TILE) {
+      it.n = at + TILE < width ? TILE : width - at;
+      bring(w + at, 1, it.n, weights);
+      bring_all(values, index + start, weight + start, n_latents, row, width, at, it.n, it.value);
+      for (i64 m = 0; m < members || m % MULTIPLE; m++) bring(weights, 0, it.n, it.gate + m * TILE);
+      for (i64 a = 0; a < members && kind != RELU2; a += DOWN)
+        for (i64 b = a; b < members; b += DOWN)
+          couple(it.value + a * TILE, it.value + b * TILE, weights, it.n,
+                 couples + a * wide + b, wide);
+#define SHARE_OUT(KIND) squares[i] += share_out(KIND, &it, n_latents, weights)
+      if (kind == RELU2) SHARE_OUT(RELU2);
+      else SHARE_OUT(RELU);
+      for (i64 a = 0; a < members; a += ACROSS)
+        for (i64 b = 0; b < members; b += DOWN)
+          multiply(it.value + a * TILE, it.gate + b * TILE, it.n, square + a * wide + b, wide);
+    }
+    put(square, wide, members, most, shared + i * most * most);
+    for (i64 a = 0; a < members; a++) memset(couples + a * wide, 0, (a + 1) * sizeof(float));
+    if (kind != RELU2) put(couples, wide, members, most, coupled + i * most * most);
+  }
+  const int failed = !room || !square;
+  free(room);
+  free(square);
+  return failed;
+}
+
 /* ---- mixed differences of pairs on rows, in several contexts ---- */
 
 /* What two latents bring to gates and values. */

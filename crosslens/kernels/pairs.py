@@ -80,6 +80,34 @@ def gating(
     return found_BMM, alone_B
 
 
+def sharing(
+    listed: Listed, row_B: Int64[Tensor, " b"], values: Brought
+) -> tuple[Float[Tensor, "b m m"], Float[Tensor, "b m m"], Float[Tensor, " b"]]:
+    """`functional.pairs.shared` and `coupling` for all members of some rows, without a gate; and of
+    each row, for relu2 only, Σ_n w ((Σ|y|)² − (Σ relu(−y))²) over its latents, in place of the
+    coupling, which is 0. The diagonals mean nothing. Members are as `gating` has them."""
+    most = int(listed.lists.counts_I[row_B].max()) + 2
+    shared_BMM, coupled_BMM = (
+        torch.empty(len(row_B), most, most),
+        torch.zeros(len(row_B), most, most),
+    )
+    square_B, (branch, _kept) = torch.empty(len(row_B)), _branch(values)
+    fixed = (
+        row_B.contiguous(),
+        *_given(listed),
+        ctypes.byref(branch),
+        len(listed.w_N),
+        listed.w_N.contiguous(),
+        KINDS.index(listed.kind),
+        most,
+        shared_BMM,
+        coupled_BMM,
+        square_B,
+    )
+    check(shared_out("sharing", len(row_B), fixed))
+    return shared_BMM, coupled_BMM, square_B
+
+
 def _branch(brought: Brought) -> tuple[_Branch, list[Tensor]]:
     """With what must live as long as it does."""
     kept = [t.contiguous() for t in (brought.E_LN, brought.always_RN, brought.error_RN)]

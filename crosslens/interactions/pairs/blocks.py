@@ -148,7 +148,8 @@ class Tables:
     @property
     def fused(self) -> bool:
         """Whether a kernel makes `shared` from them, and members are never held."""
-        return self.value is not None and kernel.takes(self.inner.E_LN, self.value.E_LN)
+        tables = [self.inner] if self.value is None else [self.inner, self.value]
+        return kernel.takes(*(each.E_LN for each in tables))
 
     @property
     def slots(self) -> int:

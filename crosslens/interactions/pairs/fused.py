@@ -32,6 +32,15 @@ def fused_gating(
     return kernel.gating(_listed(chunk), block.row_B, gates, values)
 
 
+def fused_sharing(
+    chunk: SiteChunk, block: Block, given: Tables, besides: tuple[Beside, Beside | None]
+) -> tuple[Float[Tensor, "b m m"], Float[Tensor, "b m m"], Float[Tensor, " b"]]:
+    """`shared` and `coupling` of all pairs of a block's members, where there is no gate; for relu2
+    not the coupling, but its sum over all pairs of latents of a row, of each with itself too."""
+    values = kernel.Brought(given.inner.E_LN, besides[0].always_RN, besides[0].error_RN)
+    return kernel.sharing(_listed(chunk), block.row_B, values)
+
+
 def takes_contexts(chunk: SiteChunk) -> bool:
     """Whether there is a kernel for the second pass."""
     return kernel.takes(chunk.effective.value.E_LN)

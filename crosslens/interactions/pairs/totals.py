@@ -25,7 +25,7 @@ from crosslens.interactions.pairs.blocks import (
     weights,
 )
 from crosslens.interactions.pairs.bounds import bounds_of_many, own_bounds, product_strengths
-from crosslens.interactions.pairs.fused import fused_gating
+from crosslens.interactions.pairs.fused import fused_gating, fused_sharing
 from crosslens.interactions.sums import Gathering, Sums, fresh, summed
 
 TOTALS = ("shared", "gram", "coupling")
@@ -132,15 +132,27 @@ class _Site:
     ) -> list[Tensor]:
         """`shared` of all pairs of members [B, M, M], and the coupling where it is a column."""
         if self.tables.fused:
-            shared, coupled_B = fused_gating(chunk, block, self.tables, besides)
-            self.coupled += float(coupled_B.sum())
-            return [shared]
+            return self._fused(chunk, block, besides)
         one, these = chunk.effective, members(chunk, block, self.tables, besides)
         if "coupling" in self.columns:
             coupling = F.coupling(one.mlp.kind, these.inner_BMN, one.out_norm_N)
             return [_shared(one, these), coupling]
         self.coupled += _coupled_with_self(one, these)
         return [_shared(one, these)]
+
+    def _fused(
+        self, chunk: SiteChunk, block: Block, besides: tuple[Beside, Beside | None]
+    ) -> list[Tensor]:
+        """`_matrices` by kernels."""
+        given = chunk, block, self.tables, besides
+        if self.tables.value is not None:
+            shared, coupled_B = fused_gating(*given)
+        else:
+            shared, coupling, coupled_B = fused_sharing(*given)
+            if "coupling" in self.columns:
+                return [shared, coupling]
+        self.coupled += float(coupled_B.sum())
+        return [shared]
 
     def met(self, sums: Sums) -> Met:
         return Met(
