@@ -6,10 +6,10 @@ python benchmarks/interactions.py RUN --loop 64 [--repeats 3] [--json]
 The same tokens for all, in turns. `mlp` is the forward of those MLPs alone on inputs that are
 there already, in the model's format; `layer` that of whole layers (the model's own time over its
 layers, times as many). `interactions` is everything after the codes are known: contributions, the
-error's too, sums, shares. `pairs` is the tables of pairs that `crosslens interact` makes, at its
-defaults: `first pass` over all pairs, and with the second, in context. What the coder itself and
-the harvest take is told apart. Ratios are those of turns of one round: their median, least and
-most.
+error's too, sums, shares (with CROSSLENS_KERNELS=stock by products and a series, without the
+kernel). `pairs` is the tables of pairs that `crosslens interact` makes, at its defaults: `first
+pass` over all pairs, and with the second, in context. What the coder itself and the harvest take is
+told apart. Ratios are those of turns of one round: their median, least and most.
 
 With `--loop`, on so many tokens, how many times as long a loop over tokens takes that stands in for
 the published implementation's (`benchmarks/published_loop.py`).
@@ -40,13 +40,11 @@ from crosslens.interactions.neurons.contributions import (
     site_chunks,
 )
 from crosslens.interactions.neurons.exact import SiteSums
-from crosslens.interactions.neurons.inputs import Additive
 from crosslens.interactions.pairs.measure import measure_pairs
 from crosslens.interactions.pairs.totals import meet
 from crosslens.lm import LanguageModel, open_models
 from crosslens.training import open_run, run_source
 
-WAYS: tuple[Additive, ...] = ("series", "exact")
 Found = dict[str, Any]
 
 
@@ -77,21 +75,16 @@ def contestants(
 
 
 def ours(shown: list[dict[str, SiteChunk]], n_documents: int) -> dict[str, Callable[[], object]]:
-    """The exact part in both ways, and the tables of pairs."""
-    effectives = {site: chunk.effective for site, chunk in shown[0].items()}
+    """The exact part, and the tables of pairs."""
+    sums = {site: SiteSums(chunk.effective, n_documents) for site, chunk in shown[0].items()}
 
-    def exact(additive: Additive) -> Callable[[], object]:
-        sums = {s: SiteSums(one, n_documents, additive) for s, one in effectives.items()}
-
-        def run() -> None:
-            for chunks in anew(shown):
-                for site, chunk in chunks.items():
-                    sums[site].add(chunk)
-
-        return run
+    def exact() -> None:
+        for chunks in anew(shown):
+            for site, chunk in chunks.items():
+                sums[site].add(chunk)
 
     return {
-        **{f"interactions, {additive}": exact(additive) for additive in WAYS},
+        "interactions": exact,
         "pairs, first pass": lambda: meet(anew(shown)),
         "pairs": lambda: measure_pairs(lambda: anew(shown)),
     }
