@@ -8,7 +8,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from crosslens.functional.interactions import Kind
 from crosslens.interactions.neurons.contributions import Branch, Effective, SiteChunk
 from crosslens.interactions.neurons.scalar import through_scalar
 from crosslens.kernels import neurons as kernel
@@ -20,11 +19,6 @@ class Fused:
     """One site's neurons as the kernel is given them."""
 
     effective: Effective
-
-    @property
-    def kind(self) -> Kind:
-        """φ."""
-        return self.effective.mlp.kind
 
     @property
     def takes(self) -> bool:
@@ -40,7 +34,7 @@ class Fused:
         """Over some tokens: `SiteInteraction`'s sums per neuron but for the weight, in float64; and
         per token the interaction and the mass, weighed."""
         asked = kernel.Asked(
-            kind=self.kind,
+            kind=self.effective.mlp.kind,
             lists=chunk.lists,
             weight_E=chunk.weight_E,
             reach_L=self._reach_L,
