@@ -64,6 +64,14 @@ def test_bad_input_is_one_sentence(trained, tmp_path, capsys):
     refused(capsys, ["interact", str(unfinished)], 1, "no coder yet", "crosslens resume")
 
 
+def test_sites_of_another_model_are_refused_before_a_model_is_opened(trained, monkeypatch, capsys):
+    monkeypatch.setattr("crosslens.interactions.study.run.open_models", None)
+    argv = ["interact", str(trained), "--sites", "resid_mid.1,resid_mod.1"]
+    refused(
+        capsys, argv, 2, "'resid_mod.1' names no site of this coder", "Did you mean resid_mid.1"
+    )
+
+
 @pytest.mark.parametrize("weights", ["W_enc", "W_dec", "b_enc", "b_dec"])
 def test_a_coder_with_nan_is_refused(trained, tmp_path, capsys, weights):
     out = Path(shutil.copytree(trained, tmp_path / "run"))

@@ -10,6 +10,7 @@ from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError
 from crosslens.interactions.study.measure import interact
 from crosslens.interactions.study.plan import InteractPlan
+from crosslens.interactions.study.sites import check_patterns
 from crosslens.interactions.study.tables import save
 from crosslens.interactions.study.walk import Report
 from crosslens.lm import LanguageModel
@@ -40,6 +41,7 @@ def interact_run(
     config = run.config()
     coder = load(run.coder_path, resolve_device(config.fit.device))
     coder.compute_dtype = resolve_dtype(config.fit.dtype)
+    check_patterns(coder, plan.sites)
     if models is None:
         report("opening the models", 0, 0, {})
         models = open_models(config)

@@ -14,6 +14,21 @@ Sites = Mapping[str, tuple[str, ...]]
 """Name of a model → its sites, in order of depth."""
 
 
+def check_patterns(coder: Coder, patterns: Sequence[str]) -> None:
+    """Refuse patterns of sites that the coder does not write, before any model is opened.
+
+    Raises:
+        UsageError: a pattern names none.
+    """
+    sites = coder.wiring.write.sites
+    for pattern in patterns:
+        if not any(_named(site, [pattern]) for site in sites):
+            raise UsageError(
+                f"--sites {pattern!r} names no site of this coder, which writes "
+                f"{', '.join(sites)}.{suggestion(pattern, sites)}"
+            )
+
+
 def chosen_models(
     coder: Coder, models: Mapping[str, LanguageModel], name: str | None = None
 ) -> dict[str, LanguageModel]:
