@@ -339,14 +339,14 @@ def test_the_loss_cap_is_attained() -> None:
 @pytest.mark.parametrize("seed", CASES)
 def test_boxes_hold_their_points(seed: int) -> None:
     points, W = rows(30, 4, seed=seed), rows(4, 7, seed=seed + 1)
-    box = boxes.relu_box(boxes.linear_box(boxes.hull(points), W))
+    low, high = points.amin(0), points.amax(0)
+    box = boxes.relu_box(boxes.linear_box(boxes.Box(low, high), W))
     corners = torch.stack([box.low, box.high])
     assert (corners[0] <= corners[1]).all()
     for trial in range(100):
         share = (
             torch.rand(4, generator=torch.Generator().manual_seed(trial)).double().round(decimals=1)
         )
-        low, high = points.amin(0), points.amax(0)
         value = torch.relu((low + share * (high - low)) @ W)
         assert (box.low <= value + 1e-14).all()
         assert (value - 1e-14 <= box.high).all()

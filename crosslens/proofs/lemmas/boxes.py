@@ -19,11 +19,6 @@ class Box:
     high: Tensor
 
 
-def hull(points: Float[Tensor, n * s]) -> Box:
-    """The smallest box that holds all points."""
-    return Box(points.amin(0), points.amax(0))
-
-
 def sum_box(a: Box, b: Box) -> Box:
     """{x + y}."""
     return Box(down(a.low + b.low), up(a.high + b.high))
