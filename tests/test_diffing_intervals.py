@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -62,6 +63,16 @@ def test_two_groups_have_one_degree_of_freedom_however_they_are_rounded():
     torch.testing.assert_close(freedom_L, torch.ones_like(first_L))
     assert students_t(freedom_L, 0.95).isfinite().all()
     assert degrees_of_freedom(doubles([1.0, 0.0])[:, None]).isnan()
+
+
+@pytest.mark.parametrize("rest", [1e-3, 1e-7, 1e-9, 1e-12])
+def test_a_group_with_nearly_everything_leaves_one_degree_of_freedom(rest):
+    """In exact fractions."""
+    shares = [1 - 3 * Fraction(rest), *[Fraction(rest)] * 3]
+    a = [h * h / (1 - h) for h in shares]
+    exact = 1 / (sum(h * h for h in shares) + sum(a) ** 2 - sum(x * x for x in a))
+    found = degrees_of_freedom(doubles([float(h) for h in shares])[:, None]).item()
+    assert found == pytest.approx(float(exact), rel=1e-9)
 
 
 def test_a_slope_s_interval_is_that_of_the_regression():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from functools import cache
 
@@ -21,6 +22,7 @@ from crosslens.interactions.neurons.contributions import (
     site_chunks,
 )
 from crosslens.interactions.neurons.exact import SiteInteraction, SiteSums, interactions
+from crosslens.interactions.neurons.fused import Fused
 from crosslens.kernels import bag_sum
 from crosslens.kernels.build import built
 from crosslens.lm import ModelSpec, open_model
@@ -202,6 +204,28 @@ def test_the_kernel_needs_no_series():
     found = measured("llama")
     assert found.additive == ("exact" if built().compiled else "series")
     assert (found.slack_share == 0) == (built().compiled is not None)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_kernel_is_told_how_far_latents_reach(sign):
+    """By what φ acts on, the gate, in either direction."""
+    model = model_of("llama")
+    one = effective(coder_at(source_at(model, CASES["llama"]).layout), model, CASES["llama"])
+    gate = replace(one.gate, E_LN=sign * one.gate.E_LN.abs())
+    reach_L = Fused(replace(one, gate=gate))._reach_L
+    assert torch.equal(reach_L, one.gate.E_LN.abs().amax(1))
+    assert not torch.allclose(reach_L, one.value.E_LN.abs().amax(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_error_is_multiplied_as_the_model_is_rounded(dtype):
+    model = model_of("llama")
+    coder = coder_at(source_at(model, CASES["llama"]).layout)
+    module = copy.deepcopy(model.module).to(dtype)
+    one = effective(coder, replace(model, module=module), CASES["llama"])
+    expected = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    assert (one.value.dense, one.gate.dense) == (expected, expected)
+    assert one.value.error_DN.dtype is expected
 
 
 @either_form

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -168,6 +169,27 @@ def test_all_that_is_shared_is_the_interaction_itself():
     assert met.whole == close(true)
 
 
+@pytest.mark.usefixtures("_form")
+@pytest.mark.parametrize("kind", ["relu", "gelu", "relu2"])
+def test_a_neuron_that_nothing_reaches_shares_nothing(kind):
+    """However long what it would write."""
+    found = []
+    for w in (0.0, 1e3):
+        (by_site,) = some_chunks(kind, False)[:1]
+        these = by_site[NAME]
+        one = these.effective
+        kept_N = torch.arange(len(one.out_norm_N)) > 0
+        names = ("E_LN", "moving_N", "fixed_N", "through_DN")
+        value = replace(one.value, **{name: getattr(one.value, name) * kept_N for name in names})
+        w_N = torch.where(kept_N, one.out_norm_N, w)
+        dead = replace(these, effective=replace(one, value=value, out_norm_N=w_N))
+        found.append(meet([{NAME: dead}])[NAME])
+    without, with_it = found
+    assert with_it.column("shared").isfinite().all()
+    assert torch.equal(with_it.column("shared"), without.column("shared"))
+    assert with_it.whole == without.whole
+
+
 def test_bounded_keys_lose_nothing_unnoticed():
     chunks = some_chunks("relu", False)
     everything = meet(chunks)[NAME]
@@ -229,7 +251,11 @@ def in_context(kind: str, gated: bool, plan: ContextPlan) -> tuple[list, Met, In
 
 @pytest.mark.usefixtures("_form")
 @pytest.mark.parametrize(("kind", "gated"), SITES)
-def test_mixed_differences_in_context_are_the_loops(kind, gated):
+@pytest.mark.parametrize("rows", [2, 1000])
+def test_mixed_differences_in_context_are_the_loops(kind, gated, rows, monkeypatch):
+    """Some rows at a time, and all."""
+    monkeypatch.setattr("crosslens.interactions.pairs.contexts.ROWS", rows)
+    monkeypatch.setattr("crosslens.interactions.pairs.contexts.MANY_ROWS", rows)
     chunks, met, found = in_context(kind, gated, ContextPlan(groups=3))
     true: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for by_site in chunks:

@@ -123,14 +123,33 @@ def test_meetings_in_context_are_the_equations(kind, width, gated):
 def test_threads_change_nothing():
     it, gates, values = listed("silu", 100), branch(100, 10), branch(100, 20)
     rows, threads = torch.arange(len(COUNTS)), torch.get_num_threads()
+    entries = normal(CONTEXTS, len(it.weight_E), seed=50) > 0
+    inside = Inside(entries, normal(CONTEXTS, len(COUNTS), seed=51) > 0)
     found = []
     try:
         for n in (1, 3):
             torch.set_num_threads(n)
-            found.append(kernel.gating(it, rows, gates, values))
+            found.append(
+                [
+                    *kernel.gating(it, rows, gates, values),
+                    *kernel.sharing(it, rows, values),
+                    *kernel.in_context(it, meetings(it), gates, values, inside),
+                ]
+            )
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_torch_s_default_format_changes_nothing(monkeypatch):
+    it, values, rows = listed("gelu", 100), branch(100, 20), torch.arange(len(COUNTS))
+    found = kernel.sharing(it, rows, values)
+    try:
+        torch.set_default_dtype(torch.float64)
+        again = kernel.sharing(it, rows, values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 def test_other_formats_are_not_taken():

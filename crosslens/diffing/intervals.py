@@ -153,7 +153,8 @@ def degrees_of_freedom(share_GL: Float64[Tensor, "g l"]) -> Float64[Tensor, " l"
     """
     squares_GL = share_GL.square()
     a_GL = squares_GL / (1 - share_GL)
-    inverse_L = squares_GL.sum(0) + a_GL.sum(0).square() - a_GL.square().sum(0)
+    # Products of two groups' a, for (Σ a)² − Σ a² is lost to rounding where one has nearly all.
+    inverse_L = squares_GL.sum(0) + 2 * (a_GL[1:] * a_GL.cumsum(0)[:-1]).sum(0)
     # Of two groups it is 1, which rounding would take below what Student's t is told of.
     return (1 / inverse_L).clamp_min(1.0)
 

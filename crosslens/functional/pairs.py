@@ -175,7 +175,8 @@ def shared(
         return 2 * _gram(y_BKN.abs(), y_BKN.abs(), w_N * open_BN)
     p_BKN, q_BKN = torch.relu(y_BKN), torch.relu(-y_BKN)
     larger_BN = torch.maximum(p_BKN.sum(1), q_BKN.sum(1))
-    one_way = _gram(p_BKN, q_BKN, w_N / larger_BN.clamp_min(torch.finfo(y_BKN.dtype).tiny))
+    least_N = torch.finfo(y_BKN.dtype).tiny * w_N.clamp_min(1)  # what w can be divided by
+    one_way = _gram(p_BKN, q_BKN, w_N / larger_BN.maximum(least_N))
     return one_way + one_way.mT
 
 

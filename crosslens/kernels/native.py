@@ -44,7 +44,7 @@ def takes(*tensors: Tensor | None) -> bool:
 def bag_sum(lists: Lists, weight_N: Tensor, table_TX: Tensor) -> Tensor:
     """`functional.gathers.bag_sum` [items, X], float32."""
     table_TX, width = table_TX.contiguous(), table_TX.shape[1]
-    out_IX = torch.empty(lists.n_items, width)
+    out_IX = room(lists.n_items, width)
     fixed = (*_lists(lists), _floats(weight_N), table_TX, width, out_IX)
     _call("bag_sum", table_TX.dtype, lists.n_items, fixed)
     return out_IX
@@ -52,7 +52,7 @@ def bag_sum(lists: Lists, weight_N: Tensor, table_TX: Tensor) -> Tensor:
 
 def products(lists: Lists, rows_IX: Tensor, table_TX: Tensor) -> Tensor:
     """`functional.gathers.products` [N], float32."""
-    table_TX, out_N = table_TX.contiguous(), torch.empty(len(lists.index_N))
+    table_TX, out_N = table_TX.contiguous(), room(len(lists.index_N))
     fixed = (*_lists(lists), _floats(rows_IX), table_TX, table_TX.shape[1], out_N)
     _call("products", table_TX.dtype, lists.n_items, fixed)
     return out_N
@@ -62,8 +62,8 @@ def largest(pre_BL: Tensor, k: int, *, absolute: bool = False, positive: bool = 
     """`functional.gathers.largest`."""
     pre_BL = pre_BL.contiguous()
     n_rows, width = pre_BL.shape
-    out_BK = torch.empty(n_rows, k, dtype=torch.int32)
-    counts_B = torch.empty(n_rows, dtype=torch.int64)
+    out_BK = room(n_rows, k, dtype=torch.int32)
+    counts_B = room(n_rows, dtype=torch.int64)
     fixed = (pre_BL, width, k, int(absolute), int(positive), out_BK, counts_B)
     _call("largest", pre_BL.dtype, n_rows, fixed)
     starts_B = starts_of(counts_B)
@@ -76,10 +76,10 @@ def above(pre_BL: Tensor, bar_L: Tensor) -> Lists:
     """`functional.gathers.above`."""
     pre_BL, bar_L = pre_BL.contiguous(), _floats(bar_L)
     n_rows, width = pre_BL.shape
-    counts_B = torch.empty(n_rows, dtype=torch.int64)
+    counts_B = room(n_rows, dtype=torch.int64)
     _call("count_above", pre_BL.dtype, n_rows, (pre_BL, width, bar_L, counts_B))
     starts_B = starts_of(counts_B)
-    out_N = torch.empty(int(starts_B[-1]), dtype=torch.int32)
+    out_N = room(int(starts_B[-1]), dtype=torch.int32)
     _call("places_above", pre_BL.dtype, n_rows, (pre_BL, width, bar_L, starts_B, out_N))
     return Lists(starts_B, out_N)
 
@@ -87,7 +87,7 @@ def above(pre_BL: Tensor, bar_L: Tensor) -> Lists:
 def row_squares(gradient: RowGradient, project_on_LX: Tensor | None = None) -> Tensor:
     """`functional.adam.row_squares` [L], float32."""
     lists, table_TX = gradient.lists, gradient.table_TX.contiguous()
-    out_L = torch.empty(lists.n_items)
+    out_L = room(lists.n_items)
     weights = None if project_on_LX is None else _floats(project_on_LX)
     fixed = (
         *_lists(lists),
@@ -149,6 +149,11 @@ def _call(name: str, table: torch.dtype, n_items: int, fixed: tuple[Any, ...]) -
     results = shared_out(name + TABLES[table], n_items, fixed)
     if name in ("row_squares", "adam_rows", "largest"):
         check(results)
+
+
+def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel writes to, whatever torch's own default format and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def check(results: list[int]) -> None:

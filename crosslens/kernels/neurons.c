@@ -1,5 +1,5 @@
-/* How far neurons are from treating what goes into them one by one, for the CPU. Plain C99: the
- * compiler makes the vectors.
+/* How far neurons are from treating what goes into them one by one, for the CPU. The compiler
+ * makes the vectors.
  *
  * A neuron gives value * phi(gate); without a gate, phi(value). Lists are as in rows.c; tables have
  * `width` columns. A call's share [first, last) is of groups of so many rows, whose sums are told
@@ -38,7 +38,7 @@ struct latents {
 enum sum { INTERACTION, MASS, OUTPUT, OF_ERROR, WITHOUT_ERROR, MEDIATED, DIRECT, SUMS };
 
 INLINE void bring(enum kind kind, int gated, int near, float a, const float *restrict value,
-                         const float *restrict gate, i64 n, struct latents *restrict it) {
+                  const float *restrict gate, i64 n, struct latents *restrict it) {
   for (i64 j = 0; j < n; j++) {
     const float u = a * value[j], g = gated ? a * gate[j] : u;
     const float alone = near ? phi_near(kind, g) : phi(kind, g);
@@ -53,7 +53,7 @@ INLINE void bring(enum kind kind, int gated, int near, float a, const float *res
 }
 
 INLINE void bring_all(enum kind kind, int gated, const struct rows *by, i64 row, i64 at,
-                             i64 n, struct latents *restrict it) {
+                      i64 n, struct latents *restrict it) {
   memset(it, 0, sizeof *it);
   for (i64 e = by->starts[row]; e < by->starts[row + 1]; e++) {
     const float a = by->weight[e];
@@ -67,7 +67,7 @@ INLINE void bring_all(enum kind kind, int gated, const struct rows *by, i64 row,
 /* The interaction: phi(each) summed less phi(sum); where gated the other way round. Without a gate
  * relu's is min(P, Q), which loses nothing to rounding. */
 INLINE float between(enum kind kind, int gated, float whole, float apart, float total,
-                            float size) {
+                     float size) {
   if (kind == RELU && !gated) return 0.5f * (size - fabsf(total));
   return gated ? whole - apart : apart - whole;
 }
@@ -80,8 +80,8 @@ INLINE float most(enum kind kind, int gated, float value, float gate) {
 /* One row at some neurons, with biases and then with the error too: adds to the neurons' sums, and to
  * the row's, weighed. Names end in u for the value, in g for what phi acts on. */
 INLINE void tell(enum kind kind, int gated, const struct rows *by, i64 row, i64 at, i64 n,
-                        const struct latents *restrict it, float (*restrict sums)[BLOCK],
-                        float *restrict made, float *restrict mass) {
+                 const struct latents *restrict it, float (*restrict sums)[BLOCK],
+                 float *restrict made, float *restrict mass) {
   const struct branch *value = by->value, *gate = gated ? by->gate : by->value;
   const float *restrict fixed_u = value->fixed + at, *restrict fixed_g = gate->fixed + at;
   const float *restrict moving_u = value->moving + at, *restrict moving_g = gate->moving + at;
@@ -127,7 +127,7 @@ INLINE void tell(enum kind kind, int gated, const struct rows *by, i64 row, i64 
 }
 
 INLINE void tell_group(enum kind kind, int gated, const struct rows *by, i64 group,
-                              float *restrict sums, float *restrict made, float *restrict mass) {
+                       float *restrict sums, float *restrict made, float *restrict mass) {
   const i64 start = group * by->group, end = start + by->group, stop = end < by->n ? end : by->n;
   struct latents it;
   float block[SUMS][BLOCK];

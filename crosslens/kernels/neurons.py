@@ -8,16 +8,15 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from crosslens.functional.gathers import Lists
 from crosslens.functional.interactions import Kind
-from crosslens.kernels.native import shared_out
+from crosslens.kernels.native import room, shared_out
 from crosslens.kernels.pairs import KINDS
 
-GROUP = 64
+GROUP = 16
 """Rows that are summed in single precision; groups are added up in double."""
 SUMS = ("interaction", "mass", "output", "of_error", "without_error", "mediated", "direct")
 """As neurons.c orders them; `SiteInteraction` says what they are."""
@@ -63,8 +62,8 @@ def interaction_sums(
     neurons with weight w."""
     n_rows, width = len(asked.scalar_R), len(asked.w_N)
     n_groups = -(-n_rows // GROUP)
-    found_GSN = torch.empty(n_groups, len(SUMS), width)
-    made_R, mass_R = torch.zeros(n_rows), torch.zeros(n_rows)
+    found_GSN = room(n_groups, len(SUMS), width)
+    made_R, mass_R = room(2, n_rows).zero_()
     branches = [None if each is None else _branch(each) for each in (value, gate)]
     fixed = (
         asked.lists.starts_I.contiguous(),

@@ -156,8 +156,9 @@ static inline float share_out(enum kind kind, struct tile *it, i64 n_latents,
   }
   for (i64 j = 0; j < it->n; j++) {
     const float more = above[j] > below[j] ? above[j] : below[j];
+    const float least = w[j] > 1 ? FLT_MIN * w[j] : FLT_MIN; /* what w can be divided by */
     if (kind == RELU2) above[j] = above[j] > below[j] ? w[j] : 0;
-    else above[j] = w[j] / (more > FLT_MIN ? more : FLT_MIN);
+    else above[j] = w[j] / (more > least ? more : least);
   }
   for (i64 m = 0; m < n_latents + 2; m++) {
     float *restrict gate = it->gate + m * TILE;
@@ -193,12 +194,13 @@ int sharing(const i64 *rows, const i64 *starts, const i32 *index, const float *w
             float *shared, float *coupled, float *squares, i64 first, i64 last) {
   const i64 wide = (most + MULTIPLE - 1) / MULTIPLE * MULTIPLE;
   float *room = calloc((2 * wide + 3) * TILE, sizeof(float));
-  float *square = malloc(2 * wide * wide * sizeof(float)), *couples = square + wide * wide;
+  float *square = malloc(2 * wide * wide * sizeof(float));
   struct tile it = {room, room + wide * TILE, room + 2 * wide * TILE, room + (2 * wide + 1) * TILE, 0};
   float *weights = room + (2 * wide + 2) * TILE; /* to a whole LANES */
   for (i64 i = first; room && square && i < last; i++) {
     const i64 row = rows[i], start = starts[row], n_latents = starts[row + 1] - start;
     const i64 members = n_latents + 2;
+    float *couples = square + wide * wide;
     memset(square, 0, 2 * wide * wide * sizeof(float));
     squares[i] = 0;
     for (i64 at = 0; at < width; at += TILE) {

@@ -15,7 +15,7 @@ from torch import Tensor
 from crosslens.functional.gathers import Lists
 from crosslens.functional.interactions import Kind
 from crosslens.kernels.build import built
-from crosslens.kernels.native import check, shared_out
+from crosslens.kernels.native import check, room, shared_out
 
 KINDS: tuple[Kind, ...] = ("relu", "relu2", "silu", "gelu", "gelu_tanh")
 """As pairs.c numbers them."""
@@ -62,7 +62,7 @@ def gating(
     and the error.
     """
     most = int(listed.lists.counts_I[row_B].max()) + 2
-    found_BMM, alone_B = torch.empty(len(row_B), most, most), torch.empty(len(row_B))
+    found_BMM, alone_B = room(len(row_B), most, most), room(len(row_B))
     branches = [_branch(branch) for branch in (gates, values)]
     width = len(listed.w_N)
     fixed = (
@@ -88,10 +88,10 @@ def sharing(
     coupling, which is 0. The diagonals mean nothing. Members are as `gating` has them."""
     most = int(listed.lists.counts_I[row_B].max()) + 2
     shared_BMM, coupled_BMM = (
-        torch.empty(len(row_B), most, most),
-        torch.zeros(len(row_B), most, most),
+        room(len(row_B), most, most),
+        room(len(row_B), most, most).zero_(),
     )
-    square_B, (branch, _kept) = torch.empty(len(row_B)), _branch(values)
+    square_B, (branch, _kept) = room(len(row_B)), _branch(values)
     fixed = (
         row_B.contiguous(),
         *_given(listed),
@@ -160,7 +160,7 @@ def in_context(
     entry_CE, error_CP = inside.entry_CE.contiguous(), inside.error_CP.contiguous()
     n_contexts, n_entries = entry_CE.shape
     given = entry_CE.data_ptr(), error_CP.data_ptr(), n_contexts, n_entries, error_CP.shape[1]
-    found = torch.empty(len(met.row_Q), n_contexts + 1, 4)
+    found = room(len(met.row_Q), n_contexts + 1, 4)
     branches = [None if each is None else _branch(each) for each in (gates, values)]
     fixed = (
         *(t.contiguous() for t in (met.row_Q, met.place_Q, met.first_Q, met.second_Q)),

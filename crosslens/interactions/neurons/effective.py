@@ -31,7 +31,7 @@ class Branch:
     through_DN: Float32[Tensor, "d n"]
     """From the site's raw units to pre-activations."""
     dense: torch.dtype = torch.float32
-    """The format of the product with the coder's error: where the model has 16 bits, its own
+    """The format of the product with the coder's error: bfloat16 where the model is, whose own
     pre-activations are rounded as much."""
 
     @cached_property
@@ -132,7 +132,7 @@ def effective(coder: Coder, model: LanguageModel, site: str) -> Effective:
     mlp, device = mlp_of(model, layer), coder.b_dec.device
     norm = None if plain.startswith("mlp_in") else mlp.norm
     decoder_LD, bias_D = raw_decoder(coder, site)
-    short = next(model.module.parameters()).dtype.itemsize == 2
+    short = next(model.module.parameters()).dtype is torch.bfloat16
     dense = torch.bfloat16 if short else torch.float32
 
     def branch(W_ND: Tensor, b_N: Tensor | None) -> Branch:

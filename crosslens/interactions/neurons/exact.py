@@ -39,6 +39,8 @@ from crosslens.lm import LanguageModel
 
 PRODUCTS = 1 << 22
 """Elements [rows, neurons] of each product that are computed together: 16 MiB."""
+ERRORS = 1 << 24
+"""The same where a kernel leaves only the error's: enough rows for many threads."""
 AT_ONCE = defaultdict(lambda: 1 << 24, cpu=1 << 17)
 """Elements that the elementwise steps take together: on a processor, what its cache holds."""
 
@@ -148,7 +150,8 @@ def interactions(
 
     Args:
         sites: of `model`; all that the coder writes before an MLP where None.
-        additive: how Σ φ(y_i) over the latents is had for GELU and SiLU.
+        additive: how Σ φ(y_i) over the latents is had for GELU and SiLU where no kernel computes
+            it, which is exact.
         receive: hears what every token has, chunk by chunk.
 
     Raises:
@@ -190,7 +193,8 @@ class SiteSums:
     @torch.no_grad()
     def add(self, chunk: SiteChunk) -> TokenSums:
         """Take in some tokens; returns what each of them has."""
-        together = PRODUCTS // len(self.effective.out_norm_N)
+        elements = ERRORS if self._fused.takes else PRODUCTS
+        together = elements // len(self.effective.out_norm_N)
         parts = [
             part
             for block in _cut(len(chunk.row_R), together)

@@ -30,8 +30,8 @@ from crosslens.interactions.neurons.scalar import through_scalar
 from crosslens.kernels import bag_sum
 
 Additive = Literal["series", "exact"]
-"""How Σ φ(y_i) over latents is had for GELU and SiLU: from the sparse products that a series asks
-for, with a bound of its error; or entry by entry."""
+"""How Σ φ(y_i) over latents is had for GELU and SiLU where no kernel computes it: from the sparse
+products that a series asks for, with a bound of its error; or entry by entry."""
 
 
 @dataclass(frozen=True, eq=False)

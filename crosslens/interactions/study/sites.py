@@ -105,5 +105,5 @@ def _nothing_found(pattern: str, coder: Coder, known: Sites) -> str:
     sites = [site for each in known.values() for site in each]
     told = f"--sites {pattern!r} names no site before an MLP. This coder writes {', '.join(sites)}"
     if any(_named(site, [pattern]) for site in coder.wiring.write.sites):
-        return f"{told}; what {pattern!r} names, no MLP reads."
+        return f"{told}; what {pattern!r} names, no MLP reads, or it is of a model left out."
     return f"{told}.{suggestion(pattern, sites)}"

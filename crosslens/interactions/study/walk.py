@@ -79,7 +79,7 @@ class Walks:
             self._report(stage, self._n_chunks, self._n_chunks, {})
         if first:
             self._found = {site: one.figures() for site, one in self._sums.items()}
-            self._sums = {}  # their tables are larger than all the weights they come from
+            self._sums = {}  # tables without a kernel: larger than all the weights they come from
 
     def interactions(self) -> dict[str, SiteInteraction]:
         """The exact interactions of each site; there must have been a walk."""
