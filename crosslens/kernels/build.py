@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ FLAGS = (
 NATIVE = ("-march=native", "-mcpu=native", "")
 """For this machine's own vectors; the first that the compiler knows."""
 PATIENCE = 120
-"""Seconds a compiler may take; it takes one or two."""
+"""Seconds a compiler may take for one file; it takes one to five."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,15 @@ def _compile(compiler: list[str], library: Path) -> None:
 
 
 def _compile_for(compiler: list[str], native: str, folder: Path) -> Path:
-    objects = []
-    for name, (source, own) in OBJECTS.items():
-        target = folder / f"{name}.o"
+    def compiled(name: str) -> str:
+        source, own = OBJECTS[name]
+        target = str(folder / f"{name}.o")
         flags = [*FLAGS, *([native] if native else []), *own]
-        _run([*compiler, *flags, "-c", str(FOLDER / source), "-o", str(target)])
-        objects.append(str(target))
+        _run([*compiler, *flags, "-c", str(FOLDER / source), "-o", target])
+        return target
+
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(compiled, OBJECTS))
     made = folder / "rows.so"
     _run([*compiler, "-shared", "-o", str(made), *objects, "-lm"])
     return made
