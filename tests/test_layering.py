@@ -20,6 +20,7 @@ ROOMS = [
     "storage",
     "device",
     "allocator",
+    "openmp",
     "config",
     "functional",
     "kernels",

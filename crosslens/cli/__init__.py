@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from crosslens import __version__
 from crosslens.allocator import keep_freed_memory
 from crosslens.errors import CrosslensError, UsageError, suggestion
+from crosslens.openmp import give_way
 
 COMMANDS = {
     "demo": ("crosslens.cli.demo", "train, judge and report a small crosscoder, offline"),
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = [argument for argument in given if argument != "--debug"]
     keep_freed_memory()
+    give_way()
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
