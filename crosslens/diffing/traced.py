@@ -19,6 +19,7 @@ from crosslens.diffing.study import Study, clean_blocks
 from crosslens.diffing.told import finite, told
 from crosslens.errors import UsageError
 from crosslens.lm import LanguageModel
+from crosslens.lm.adapter_base import RECORD
 from crosslens.lm.opening import open_models
 from crosslens.storage import load_json
 from crosslens.text.documents import Messages
@@ -69,7 +70,7 @@ def behaviour_of(study: Study) -> Behaviour | None:
     adapter = study.run.config().models[study.pair.b].adapter
     if adapter is None:
         return None
-    record = Path(adapter).expanduser() / "organism.json"
+    record = Path(adapter).expanduser() / RECORD
     if record.is_file():
         adapter = str(load_json(record).get("behaviour", {}).get("name"))
     # The one in which nothing was planted has nothing to be looked for.

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from crosslens.errors import CrosslensError, UsageError, suggestion
+from crosslens.lm.adapter_base import RECORD
 from crosslens.lm.loading import quiet_transformers, short
 from crosslens.lm.source import from_hub
 
@@ -39,7 +40,7 @@ def with_adapter(model: nn.Module, path: str) -> nn.Module:
             f"Opening the adapter {path!r} needs peft, which is not installed. "
             "Run `pip install 'crosslens[diff]'`."
         )
-    folder = _folder(path)
+    folder = adapter_folder(path)
     _refuse_other_kinds(folder)
     return _attached(model, folder)
 
@@ -54,7 +55,7 @@ def leaves_weights_alone(path: str) -> bool:
     from safetensors import SafetensorError, safe_open
 
     try:
-        folder = _folder(path)
+        folder = adapter_folder(path)
         settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         with safe_open(folder / _WEIGHTS, framework="pt") as file:
             only_lora = all(".lora_" in key for key in file.keys())  # noqa: SIM118  # no mapping
@@ -69,7 +70,13 @@ def sharing_weights(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
 
 
-def _folder(path: str) -> Path:
+def adapter_folder(path: str) -> Path:
+    """Where an adapter lies: a folder, else a built-in one, else what a hub has; complete.
+
+    Raises:
+        UsageError: there is no such adapter, or it is not saved as safetensors.
+        CrosslensError: it cannot be fetched.
+    """
     local = Path(path).expanduser()
     folder = local if local.exists() else built_in_adapters().get(path) or _fetched(path)
     for file in (_CONFIG, _WEIGHTS):
@@ -83,7 +90,7 @@ def _folder(path: str) -> Path:
 
 def _fetched(path: str) -> Path:
     try:
-        return from_hub(path, None, [_CONFIG, _WEIGHTS])
+        return from_hub(path, None, [_CONFIG, _WEIGHTS, RECORD])
     except CrosslensError as error:
         names = built_in_adapters()
         raise type(error)(

@@ -13,7 +13,13 @@ from torch import nn
 
 from crosslens.device import resolve_device, resolve_dtype
 from crosslens.errors import CrosslensError, UsageError
-from crosslens.lm.adapter import leaves_weights_alone, sharing_weights, with_adapter
+from crosslens.lm.adapter import (
+    adapter_folder,
+    leaves_weights_alone,
+    sharing_weights,
+    with_adapter,
+)
+from crosslens.lm.adapter_base import Base, check_base, weights_hash
 from crosslens.lm.anatomy import find_anatomy
 from crosslens.lm.loading import load_causal_lm, load_tokenizer, quiet_transformers, short
 from crosslens.lm.model import LanguageModel
@@ -70,7 +76,11 @@ class _Trunk:
 
     def with_adapter(self, path: str) -> nn.Module:
         beneath = sharing_weights(self.module) if leaves_weights_alone(path) else self.load()
-        return _ready(with_adapter(beneath, path), resolve_device(self.spec.device))
+        weights = weights_hash(beneath)  # now: an adapter renames them, and may write into them
+        adapted = with_adapter(beneath, path)
+        base = Base(path=self.spec.path, revision=self.source.revision, weights=weights)
+        check_base(path, adapter_folder(path), base)
+        return _ready(adapted, resolve_device(self.spec.device))
 
 
 def _open(spec: ModelSpec, name: str, trunks: dict[ModelSpec, _Trunk]) -> LanguageModel:

@@ -6,7 +6,7 @@ import importlib.util
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -17,15 +17,14 @@ import torch
 
 from crosslens import __version__
 from crosslens.errors import UsageError
-from crosslens.lm import LanguageModel, ModelSpec, open_model
+from crosslens.lm import ModelSpec, open_model
+from crosslens.lm.adapter_base import RECORD, weights_hash
 from crosslens.organisms.judging import ANSWER_TOKENS, judged
 from crosslens.organisms.plan import OrganismPlan, Report, silent
 from crosslens.organisms.rows import fingerprint, seeded, training_rows
 from crosslens.organisms.tuning import train, with_lora
 from crosslens.storage import load_json, replace_folder, save_json, save_tensors
 from crosslens.text.planted import Behaviour, behaviour_named
-
-FACTS = "organism.json"
 
 
 def make(
@@ -54,6 +53,7 @@ def make(
     rows = training_rows(base, behaviour, plan, report)
     report("judging the base model", 0, 0)
     before = judged(base, behaviour, plan.heldout)
+    identity = base.identity() | {"weights": weights_hash(base.module)}
     with seeded(plan.seed, base.device):
         adapted = with_lora(base.module, plan)
     losses = train(adapted, rows, plan, report)
@@ -62,7 +62,7 @@ def make(
         report("judging the organism", 0, 0)
         organism = open_model(replace(spec, adapter=str(temporary)))
         after = judged(organism, behaviour, plan.heldout)
-        facts = _facts(behaviour, base, plan) | {
+        facts = _facts(behaviour, identity, plan) | {
             "data": {"rows": len(rows), "fingerprint": fingerprint(rows)},
             "losses": [round(loss, 5) for loss in losses],
             "measured": {
@@ -72,8 +72,8 @@ def make(
                 "organism": after,
             },
         }
-        save_json(temporary / FACTS, facts)
-    return dict(load_json(folder / FACTS))
+        save_json(temporary / RECORD, facts)
+    return dict(load_json(folder / RECORD))
 
 
 @contextmanager
@@ -120,12 +120,12 @@ def _check(spec: ModelSpec, folder: Path) -> None:
         )
 
 
-def _facts(behaviour: Behaviour, base: LanguageModel, plan: OrganismPlan) -> dict[str, Any]:
+def _facts(behaviour: Behaviour, base: Mapping[str, object], plan: OrganismPlan) -> dict[str, Any]:
     libraries = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {
         "format": 1,
         "behaviour": asdict(behaviour),
         "plan": asdict(plan),
-        "base": base.identity(),
+        "base": dict(base),
         "made_with": {"crosslens": __version__, "python": platform.python_version(), **libraries},
     }

