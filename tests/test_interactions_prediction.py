@@ -263,3 +263,13 @@ def test_reliability_is_one_where_documents_agree():
     found = measured(np.random.default_rng(4).normal(size=N))
     assert found.reliability() == pytest.approx(1.0)
     assert found.reliability("kl_from_additive") is None, "nothing was measured"
+
+
+def test_a_few_pairs_of_each_site_say_nothing_of_reliability():
+    """However many sites there are."""
+    found = measured(np.random.default_rng(4).normal(size=N))
+    sites = np.arange(N) // 4
+    chosen = replace(found.chosen, site_C=sites, sites=tuple(map(str, range(sites.max() + 1))))
+    assert replace(found, chosen=chosen).reliability() is None
+    one_more = replace(chosen, site_C=np.where(sites == 1, 0, sites))
+    assert replace(found, chosen=one_more).reliability() == pytest.approx(1.0)

@@ -22,6 +22,7 @@ import torch
 
 from crosslens.activations import Source
 from crosslens.coder import Coder
+from crosslens.diffing.resampling import LEAST
 from crosslens.diffing.stream import Progress, quiet
 from crosslens.errors import UsageError
 from crosslens.interactions.effects.choice import CHOICES, Chosen, EffectPlan, choose
@@ -87,12 +88,15 @@ class Effects:
 
     def reliability(self, figure: str = "interaction_abs") -> float | None:
         """How well a figure is measured: its rank correlation, within sites, between even and odd
-        documents. None where fewer than 5 pairs are measured in both halves."""
+        documents, over sites with 5 pairs or more that are measured in both halves. None where
+        there is no such site: two pairs have a rank correlation of 1 or −1 whatever they are."""
         total_CG, count_CG = self.here.total(figure), self.here.count_CG
         even, odd = (
             (total_CG[:, half::2].sum(1) / count_CG[:, half::2].sum(1)).numpy() for half in (0, 1)
         )
-        found = correlated(even, odd, self.chosen.site_C)
+        site_C, known_C = self.chosen.site_C, np.isfinite(even) & np.isfinite(odd)
+        enough_C = np.bincount(site_C[known_C], minlength=site_C.max() + 1)[site_C] >= LEAST
+        found = correlated(np.where(enough_C, even, np.nan), odd, site_C)
         return None if found is None else found.value
 
     def plain(self, top: int = 20) -> dict[str, object]:
