@@ -141,7 +141,7 @@ def test_threads_change_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_torch_s_default_format_changes_nothing(monkeypatch):
+def test_torch_s_default_format_changes_nothing():
     it, values, rows = listed("gelu", 100), branch(100, 20), torch.arange(len(COUNTS))
     found = kernel.sharing(it, rows, values)
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crosslens.interactions.neurons.contributions import Branch, SiteChunk
 from crosslens.interactions.pairs.blocks import Beside, Block, Tables
-from crosslens.interactions.pairs.points import Coalition
+from crosslens.interactions.pairs.points import Coalition, branches
 from crosslens.kernels import pairs as kernel
 
 
@@ -59,8 +59,7 @@ def fused_contexts(
         meetings: of each, the place of its row among these, ascending, and its two entries.
     """
     one, (place_Q, first_Q, second_Q) = chunk.effective, meetings
-    inner, value = (one.value, None) if one.gate is None else (one.gate, one.value)
-    gates, values = (None if b is None else _brought(chunk, b, row_R) for b in (inner, value))
+    gates, values = (None if b is None else _brought(chunk, b, row_R) for b in branches(chunk))
     assert gates is not None
     met = kernel.Met(row_R[place_Q], place_Q, first_Q, second_Q)
     found_QC4, compared_Q4 = kernel.in_context(

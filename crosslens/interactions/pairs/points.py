@@ -103,12 +103,12 @@ class Points:
     @property
     def inner(self) -> Branch:
         """What φ acts on."""
-        return _branches(self.chunk)[0]
+        return branches(self.chunk)[0]
 
     @property
     def value(self) -> Branch | None:
         """What a gate multiplies."""
-        return _branches(self.chunk)[1]
+        return branches(self.chunk)[1]
 
     @property
     def kind(self) -> Kind:
@@ -132,7 +132,7 @@ class Points:
 def points(chunk: SiteChunk, row_R: Tensor, drawn: Sequence[Coalition]) -> Points:
     """Those of some rows of a chunk, each of which has a latent."""
     lists, entry_E = some_rows(chunk.lists, row_R)
-    inner, value = _branches(chunk)
+    inner, value = branches(chunk)
     sums = [_sums(chunk, branch, row_R, (lists, entry_E), drawn) for branch in (inner, value)]
     drives = [Drive(*pair) for pair in zip(*sums, strict=True)]
     inside: list[Tensor | bool] = [True, False, *(each.latent_E for each in drawn)]
@@ -150,7 +150,7 @@ def some_rows(lists: Lists, row_R: Tensor) -> tuple[Lists, Tensor]:
     return Lists(starts_R, lists.index_N[entry_E]), entry_E
 
 
-def _branches(chunk: SiteChunk) -> tuple[Branch, Branch | None]:
+def branches(chunk: SiteChunk) -> tuple[Branch, Branch | None]:
     """What φ acts on and, where there is a gate, what it multiplies."""
     one = chunk.effective
     return (one.value, None) if one.gate is None else (one.gate, one.value)
