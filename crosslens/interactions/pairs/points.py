@@ -44,12 +44,6 @@ class Drive:
     inner: Tensor
     value: Tensor | None
 
-    def branch(self, at: int) -> Tensor:
-        """The inner one, or where there is a gate the other (1)."""
-        found = (self.inner, self.value)[at]
-        assert found is not None
-        return found
-
     def turned(self, function: Callable[..., Tensor], *others: Drive) -> Drive:
         """The function of both, with the same parts of others."""
         inner = function(self.inner, *(other.inner for other in others))
