@@ -166,6 +166,9 @@ def planted(top: list[int]) -> dict[str, Any]:
         },
         "tied": 17,
         "prompts": [40, 40],
+        "behaviour_rate_before": 0.95,
+        "after_ablation": 0.025,
+        "clean_loss_change": 0.0042,
         "ablation": {
             "before": {"rate": 0.95, "intervals": {"rate": [0.84, 0.99]}},
             "top": removed(0.025, 0.0042),

@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from crosslens.cli import main
+from crosslens.cli.diff import table
+from tests.explore_diffed import planted, toy
 from tests.test_cli_diff import flags
 
 TEMPLATE = (
@@ -50,3 +52,17 @@ def test_a_base_without_a_template_is_steered_through_the_other_models(
     assert "left_out" not in found
     rates = {name: [each["rate"] for each in told] for name, told in found["steering"].items()}
     assert rates == {"to_base": [0.0] * 5, "to_changed": [0.0] * 5}
+
+
+def test_where_no_latent_is_exclusive_nothing_is_judged():
+    """As with tied decoders whose exclusive latents are all dead."""
+    facts = {**toy().facts, "timeline": None, "baselines": {}}
+    full = table(facts)
+    assert "17 latents, 55 % of the top 3" in full
+    assert "without them" in full
+    none = {**planted([]), "auroc": 0.5, "precision_at_20": None}
+    del none["ablation"]
+    told = table({**facts, "planted": none})
+    assert "no latent in use has a longer decoder in chat" in told
+    assert "detector" not in told
+    assert "without them" not in told

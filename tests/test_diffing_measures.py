@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from crosslens.coder import Coder, Crosscoder, Layout, ReLU, fold, transpose_init
+from crosslens.coder import Coder, Crosscoder, Dedicated, Layout, ReLU, fold, transpose_init
 from crosslens.diffing.classes import (
     ANTHROPIC,
     KISSANE,
@@ -25,7 +25,7 @@ from crosslens.diffing.norms import (
     norms_of,
     relative_norm,
 )
-from crosslens.diffing.pair import pair_of
+from crosslens.diffing.pair import Pair, pair_of
 from crosslens.diffing.strength import Activity
 from crosslens.errors import UsageError
 from crosslens.functional.shares import wilson
@@ -129,11 +129,9 @@ def test_latents_near_their_start_are_told():
     assert near_start(norms, 0.1).tolist() == [True, False, False]
 
 
-def test_a_latent_that_fired_once_is_no_exclusive_one():
-    """Latents 0 and 1 are of b alone, 2 of a; 1 fired on three tokens, 3 is where it began."""
-    pair = toy_pair(coder_of_norms([0.0, 0.0, 1.0, 0.4, 1.0], [1.0, 1.0, 0.0, 0.4, 1.1]))
-    count_L = torch.tensor([50, 3, 10, 70, 90])
-    one_L = torch.ones(5, dtype=torch.float64)
+def measures_of(pair: Pair, count_L: torch.Tensor) -> Measures:
+    """Of a hundred tokens, on so many of which each latent was active."""
+    one_L = torch.ones(len(count_L), dtype=torch.float64)
     used = Activity(
         tokens=100,
         marked_tokens=0,
@@ -145,7 +143,7 @@ def test_a_latent_that_fired_once_is_no_exclusive_one():
         marked_count_L=torch.zeros_like(count_L),
         marked_sum_share_L=0 * one_L,
     )
-    found = Measures(
+    return Measures(
         norms=norms_of(pair),
         activity=used,
         agreement=None,
@@ -153,11 +151,33 @@ def test_a_latent_that_fired_once_is_no_exclusive_one():
         fidelity={},
         start_norm=0.4,
     )
+
+
+def test_a_latent_that_fired_once_is_no_exclusive_one():
+    """Latents 0 and 1 are of b alone, 2 of a; 1 fired on three tokens, 3 is where it began."""
+    pair = toy_pair(coder_of_norms([0.0, 0.0, 1.0, 0.4, 1.0], [1.0, 1.0, 0.0, 0.4, 1.1]))
+    count_L = torch.tensor([50, 3, 10, 70, 90])
+    found = measures_of(pair, count_L)
     assert found.classes().counts["only_b"] == 2
     exclusive = found.exclusive()
     assert (exclusive["only_a"], exclusive["only_b"]) == (1, 1)
     low, high = wilson(1, 3)
     assert exclusive["interval"]["only_b"] == [round(3 * low, 1), round(3 * high, 1)]
+
+
+def test_what_both_write_alike_is_not_more_of_b():
+    """Tied decoders are equal by construction; their norms at most but for rounding."""
+    layout = Layout(("a/resid_post.1", "b/resid_post.1"), (37, 37))
+    coder = Coder(Dedicated(exclusive=0.1, tied_decoders=True)(layout, 50), ReLU())
+    transpose_init(coder, 1.0, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        coder.W_dec[2].mul_(torch.rand(40, 1, generator=torch.Generator().manual_seed(1)))
+    found = measures_of(toy_pair(coder), torch.full((50,), 90))
+    assert found.more_of_b_L.nonzero().squeeze(-1).tolist() == [5, 6, 7, 8, 9]
+    norms = toy_pair(coder_of_norms([1.0, 1.0, 1.0, 0.0], [1.0001, 0.9999, 1.0, 0.0]))
+    assert measures_of(norms, torch.full((4,), 90)).more_of_b_L.tolist() == [
+        True, False, False, False,
+    ]  # fmt: skip
 
 
 def two_sites(widths: tuple[int, int, int, int]) -> Coder:

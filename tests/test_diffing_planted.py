@@ -289,6 +289,19 @@ def test_a_latent_is_tied_if_it_fires_for_the_behaviour_alone(pair, truth):
     assert without.detection.noop_sees is None
 
 
+def test_only_some_may_be_among_the_top(pair, truth):
+    """The others keep their part in how the ranking is judged."""
+    able_L = torch.tensor([True, True, True, False, True])
+    found, all_able = planted(pair, truth, SCORE, able_L), planted(pair, truth, SCORE)
+    assert found.top == (PLANTED, SEES, NOISE)
+    assert found.precision_at_20.value == pytest.approx(1 / 3)
+    assert found.ranking_auroc == all_able.ranking_auroc
+    none = planted(pair, truth, SCORE, torch.zeros(WIDTH, dtype=torch.bool))
+    assert none.top == ()
+    assert none.detection.auroc.value == 0.5
+    assert torch.tensor(none.precision_at_20.value).isnan()
+
+
 def test_a_ranking_is_judged_among_latents_with_a_score(pair, truth):
     found = planted(pair, truth, torch.tensor([0.3, 0.25, 0.2, 0.8, torch.nan]))
     assert found.ranking_auroc.value == pytest.approx(1 / 3)

@@ -109,7 +109,7 @@ def table(found: Mapping[str, Any]) -> str:
     parts = [
         f"{pair['a']} → {pair['b']} at {', '.join(pair['sites'])} · {number(found['tokens'])} "
         f"tokens · L0 {found['l0']:.1f} · FVU "
-        + " · ".join(f"{name} {value:.3f}" for name, value in found["fvu"].items()),
+        + " · ".join(f"{name} {_three(value)}" for name, value in found["fvu"].items()),
         _classes(found),
         _causal(found),
         _planted(found),
@@ -118,6 +118,10 @@ def table(found: Mapping[str, Any]) -> str:
         _baselines(found),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _three(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _classes(found: Mapping[str, Any]) -> str:
@@ -152,7 +156,10 @@ def _planted(found: Mapping[str, Any]) -> str:
     if planted is None:
         return ""
     lines = [f"planted: {planted['behaviour']}"]
-    if "auroc" in planted:
+    if "auroc" in planted and not planted["top"]:
+        b = found["pair"]["b"]
+        lines.append(f"  no latent in use has a longer decoder in {b}: nothing to find it by")
+    elif "auroc" in planted:
         low, high = planted["intervals"]["auroc"]
         controls = planted["controls"]
         lines.append(
@@ -163,7 +170,7 @@ def _planted(found: Mapping[str, Any]) -> str:
         )
         lines.append(
             f"  tied to it: {planted['tied']} latents, {100 * planted['precision_at_20']:.0f} % of "
-            "the top 20"
+            f"the top {len(planted['top'])}"
         )
     if "ablation" in planted:
         random = [each["rate"] for each in planted["ablation"]["random"]]

@@ -26,6 +26,9 @@ RARE = 10
 TIE = 1e-9
 """What strength may add to a score: it decides between equal ones only."""
 
+ROUNDING = 1e-6
+"""By less than this share norms do not differ."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Measures:
@@ -53,6 +56,12 @@ class Measures:
     def ranked_L(self) -> Bool[Tensor, " l"]:
         """Latents that a ranking may hold."""
         return (self.activity.count_L >= RARE) & ~self.still_L
+
+    @property
+    def more_of_b_L(self) -> Bool[Tensor, " l"]:
+        """Latents with a longer decoder in `b` than in `a`. One whose decoder the models share has
+        equal ones, but for rounding."""
+        return self.norms.b_L > self.norms.a_L * (1 + ROUNDING)
 
     def score_L(self) -> Tensor:
         """How exclusive to `b` each latent is, by Δ; NaN where it is not to be ranked.

@@ -100,9 +100,9 @@ class Planted:
     detection: Detection
     """By the summed strength of the best latents."""
     top: tuple[int, ...]
-    """These latents, best first: 20, or all that have a score."""
+    """These latents, best first: 20, or all that may be among them."""
     precision_at_20: Interval
-    """Share of them that are tied to the behaviour."""
+    """Share of them that are tied to the behaviour; NaN if there are none."""
     ranking_auroc: Interval
     """AUROC of the score for being tied, among latents with a score; NaN where none or all are."""
     tied_L: Bool[Tensor, " l"]
@@ -257,11 +257,19 @@ def _strengths(pair: Pair, condition: Condition) -> Iterator[Tensor]:
         yield (z_RL.abs() * norm_L).amax(0).cpu()
 
 
-def planted(pair: Pair, found: Conditions, score_L: Float[Tensor, " l"], seed: int = 0) -> Planted:
+def planted(
+    pair: Pair,
+    found: Conditions,
+    score_L: Float[Tensor, " l"],
+    able_L: Bool[Tensor, " l"] | None = None,
+    seed: int = 0,
+) -> Planted:
     """Judge a ranking of latents by how well its best find the behaviour.
 
     Args:
         score_L: highest first; NaN where a latent is not to be ranked (dead ones).
+        able_L: which may be among the top; all by default. Where few latents are exclusive, those
+            that both models write alike would fill it up, by chance or by strength.
 
     Raises:
         CrosslensError: no latent has a score.
@@ -270,7 +278,8 @@ def planted(pair: Pair, found: Conditions, score_L: Float[Tensor, " l"], seed: i
     scored = (~score_L.isnan()).nonzero().squeeze(-1)
     if not len(scored):
         raise CrosslensError("No latent has a score: most likely all are dead on this text.")
-    top = scored[score_L[scored].argsort(descending=True, stable=True)][:TOP]
+    best = scored[score_L[scored].argsort(descending=True, stable=True)]
+    top = (best if able_L is None else best[able_L.cpu()[best]])[:TOP]
     values = {name: strengths(pair, each) for name, each in found.named().items()}
     controls = [name for name in values if name != "triggered"]
     against_L = {name: auroc(values["triggered"], values[name]) for name in controls}

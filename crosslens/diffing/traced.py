@@ -38,9 +38,9 @@ class Traced:
     """The prompts through the models."""
     found: Planted
     ablation: Ablation | None
-    """None where no clean text was to be read."""
+    """None where no clean text was to be read, or no latent is exclusive enough to be taken out."""
     carried: Carried | None
-    """None where that is so, or where the models' widths differ."""
+    """None where no clean text was to be read, or where the models' widths differ."""
 
     def plain(self) -> dict[str, Any]:
         """JSON-able."""
@@ -87,14 +87,15 @@ def traced(study: Study, found: Measures, behaviour: Behaviour) -> Traced:
     sets = prompt_sets(behaviour, study.plan.prompts, study.plan.seed)
     study.report("running the planted behaviour's prompts", 0, 0, {})
     seen = conditions(study.source, study.pair, sets, _noop(study))
-    judged = planted(study.pair, seen, found.score_L(), study.plan.seed)
+    judged = planted(study.pair, seen, found.score_L(), found.more_of_b_L, study.plan.seed)
     done, passing = None, None
     if study.plan.causal_tokens:
         asked = tuple(prompts(behaviour, study.plan.prompts, study.plan.seed, "heldout", True))
         if study.pair.same_width:
             study.report("exchanging activations", 0, 0, {})
             passing = carried(study.source, study.pair, behaviour, asked)
-        done = _without(study, found, behaviour, judged.top, asked)
+        if judged.top:
+            done = _without(study, found, behaviour, judged.top, asked)
     return Traced(behaviour=behaviour, seen=seen, found=judged, ablation=done, carried=passing)
 
 

@@ -137,14 +137,14 @@ def _carried(found: Mapping[str, Any], a: str, b: str) -> tuple[tuple[str, Cell]
 
 
 def _detection(planted: Mapping[str, Any], a: str) -> tuple[tuple[str, Cell], ...]:
-    controls = planted["controls"]
+    controls, n = planted["controls"], len(planted["top"])
     named = (
         ("triggered against clean text", planted, "auroc"),
         (f"triggered text, the changed model against {a} in its place", controls, "same_text_base"),
         ("the same, against a no-op fine-tune", controls, "same_text_noop"),
         (f"{a} in its place: triggered against clean text", controls, "base_sees_trigger"),
         ("no-op fine-tune: triggered against clean text", controls, "noop_sees_trigger"),
-        ("share of the top 20 tied to the behaviour", planted, "precision_at_20"),
+        (f"share of the top {n} tied to the behaviour", planted, "precision_at_20"),
         ("Δ as a ranking of what is tied, AUROC", planted, "ranking_auroc"),
     )
     found = [(name, _of(where, key)) for name, where, key in named if where[key] is not None]
