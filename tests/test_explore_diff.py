@@ -166,6 +166,23 @@ def test_a_part_of_what_was_planted_is_shown_alone(diffed):
         assert "as a detector" not in text
 
 
+def test_that_no_latent_is_exclusive_is_said(diffed):
+    none = {**planted([]), "auroc": 0.5, "precision_at_20": None}
+    del none["ablation"]
+    change(diffed, planted=none)
+    rewrite(open_run(diffed))
+    text = words((diffed / "report.html").read_text(encoding="utf-8"))
+    assert "No latent in use has a longer decoder in chat" in text
+    assert "Random sets" not in text
+    assert "most exclusive, first" not in text
+    change(diffed, planted=planted([1, 2]))
+    rewrite(open_run(diffed))
+    text = words((diffed / "report.html").read_text(encoding="utf-8"))
+    assert "No latent in use has" not in text
+    assert "The most exclusive, first to last: 1, 2. " in text
+    assert "Random sets" in text
+
+
 def test_names_stay_text(diffed):
     hostile = "<img src=x>"
     facts = json.loads((diffed / "diff" / "diff.json").read_text())
