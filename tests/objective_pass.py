@@ -28,7 +28,7 @@ CASES = {
     "two models": (Crosscoder(), TWO),
     "causal": (Causal(), PLAIN),
     "dedicated": (Dedicated(exclusive=0.25), TWO),
-    "tied": (Dedicated(exclusive=0.25, tied_decoders=True, reads="both"), TWO),
+    "tied": (Dedicated(exclusive=0.25, tied_decoders=True), TWO),
     "shared": (DesignatedShared(shared=0.25), TWO),
     "skip": (Transcoder(skip=True), SKIP),
 }

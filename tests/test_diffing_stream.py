@@ -91,7 +91,7 @@ def test_other_sites_and_rows_of_one_site_are_refused(source):
     [
         Crosscoder(),
         Dedicated(exclusive=0.25),
-        Dedicated(exclusive=0.25, tied_decoders=True, reads="both"),
+        Dedicated(exclusive=0.25, tied_decoders=True),
         DesignatedShared(shared=0.4),
     ],
 )

@@ -91,22 +91,6 @@ def test_every_stored_block_has_the_set_norm(wiring, init):
             assert torch.allclose(block.norm(dim=-1), torch.tensor(0.3))
 
 
-@pytest.mark.parametrize("init", [Transpose(), Uniform()])
-def test_a_latent_that_reads_more_than_it_writes_starts_blind_to_the_rest(init):
-    wiring = Dedicated(exclusive=0.2, tied_decoders=True, reads="both")(PAIR, 30)
-    coder = new_coder(wiring)
-    init(coder, sample(wiring), seeded())
-    gain = 20 / 30 if init == Uniform() else 1.0
-    half = PAIR.width // 2
-    for group, own, other in ((0, slice(0, half), slice(half, None)),
-                              (1, slice(half, None), slice(0, half))):  # fmt: skip
-        assert torch.allclose(coder.W_enc[group][:, own], gain * coder.W_dec[group])
-        assert coder.W_dec[group].any()
-        assert not coder.W_enc[group][:, other].any()
-    both = coder.W_dec[2].repeat(1, 2)
-    assert torch.allclose(coder.W_enc[2], gain * both)
-
-
 @pytest.mark.parametrize("init", [Transpose(), DataPoint(), Uniform()])
 def test_an_autoencoder_starts_tied_and_a_seed_decides(init):
     wiring = WIRINGS["crosscoder"]

@@ -128,11 +128,6 @@ CASES = {
         ((3, ALL_PAIRS, ALL_PAIRS), (7, ALL_PAIRS, ALL_PAIRS)),
         tied=0,
     ),
-    "dedicated, reading both": Case(
-        Dedicated(exclusive=0.2, reads="both"),
-        UNLIKE,
-        ((2, ALL_PAIRS, FIRST), (2, ALL_PAIRS, SECOND), (6, ALL_PAIRS, ALL_PAIRS)),
-    ),
     "dedicated, shared ones tied": Case(
         Dedicated(exclusive=0.2, tied_decoders=True),
         PAIRS,

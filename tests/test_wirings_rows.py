@@ -94,7 +94,7 @@ TINY = {
     "over models": (Crosscoder(), ("resid_mid.1", "resid_post.2")),
     "dedicated": (Dedicated(exclusive=0.2), ("resid_mid.1", "resid_post.2")),
     "dedicated, tied": (
-        Dedicated(exclusive=0.2, tied_decoders=True, reads="both"),
+        Dedicated(exclusive=0.2, tied_decoders=True),
         ("resid_mid.1", "resid_post.2"),
     ),
     "designated shared": (DesignatedShared(shared=0.3), ("resid_mid.1", "resid_post.2")),

@@ -73,17 +73,17 @@ InitConfig = Transpose | DataPoint | Uniform
 @torch.no_grad()
 def transpose_init(coder: Coder, decoder_norm: float, generator: torch.Generator) -> None:
     """Gaussian decoder directions, each (latent, site) block at `decoder_norm`; W_enc = W_decᵀ
-    where a group reads all that it writes, and 0 at what else it reads; biases 0.
+    where a group reads and writes the same sites; biases 0.
 
     Anthropic, *Circuits Updates* April 2024 (one site) and crosscoders, October 2024. Groups that
-    write what they do not read get independent encoder directions of the same norm; a linear
+    read other sites than they write get independent encoder directions of the same norm; a linear
     skip starts at 0.
     """
     _check_norm(decoder_norm)
     for group, W_enc, W_dec in zip(coder.wiring.groups, coder.W_enc, coder.W_dec, strict=True):
         _fill_directions(W_dec, stored_widths(coder, group), decoder_norm, generator)
-        if set(group.writes) <= set(group.reads):
-            _transpose(coder, group, W_dec, W_enc)
+        if group.reads == group.writes:
+            W_enc.copy_(W_dec.repeat(1, group.copies))
         else:
             read = coder.wiring.read.pick(group.reads)
             _fill_directions(W_enc, read.widths, decoder_norm, generator)
@@ -132,13 +132,12 @@ def uniform_init(coder: Coder, generator: torch.Generator) -> None:
     group, and L·d the width of all that the coder writes.
     """
     wiring = coder.wiring
-    reconstructs = all(set(group.writes) <= set(group.reads) for group in wiring.groups)
+    reconstructs = all(group.reads == group.writes for group in wiring.groups)
     n, m = wiring.write.width, wiring.n_latents
     for group, W_enc, W_dec in zip(wiring.groups, coder.W_enc, coder.W_dec, strict=True):
         W_dec.copy_(_uniform(W_dec, n**-0.5, generator))
         if reconstructs:
-            _transpose(coder, group, W_dec, W_enc)
-            W_enc.mul_(n / m)
+            W_enc.copy_(n / m * W_dec.repeat(1, group.copies))
         else:
             W_enc.copy_(_uniform(W_enc, group.n_latents**-0.5, generator))
     _zero_rest(coder)
@@ -149,7 +148,7 @@ def unit_gain(coder: Coder, generator: torch.Generator) -> None:
     """Scale the encoder so that random rows of norm 1 come out at norm 1 on average, as the code of
     Gao et al. 2024 does. To be called while biases are 0."""
     wiring = coder.wiring
-    if any(not set(group.writes) <= set(group.reads) for group in wiring.groups):
+    if any(group.reads != group.writes for group in wiring.groups):
         raise UsageError("coder.init.unit_gain is for coders that write the sites that they read.")
     x_BX = torch.randn(256, wiring.read.width, generator=generator)
     x_BX /= x_BX.norm(dim=-1, keepdim=True)
@@ -208,13 +207,6 @@ def stored_widths(coder: Coder, group: Group) -> tuple[int, ...]:
     """Widths of the sites that a group's decoder is stored for: one copy's."""
     write = coder.wiring.write.pick(group.writes)
     return write.widths[: len(write.widths) // group.copies]
-
-
-def _transpose(coder: Coder, group: Group, W_dec: Tensor, W_enc: Tensor) -> None:
-    """What a group reads with the weights that it writes with; 0 where it only reads."""
-    W_enc.zero_()
-    columns_Y = coder.wiring.read.pick(group.reads).columns(group.writes)
-    W_enc[:, columns_Y] = W_dec.repeat(1, group.copies)
 
 
 def _check_norm(norm: float) -> None:

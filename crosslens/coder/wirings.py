@@ -113,9 +113,6 @@ class Dedicated:
     tied_decoders: bool = False
     """Shared latents have one decoder for both models, stored once, as designated-shared ones do:
     then only exclusive ones can write what differs."""
-    reads: Literal["own", "both"] = "own"
-    """What exclusive latents read: the model that they write, as published, or both. Reading both
-    they see what differs, and either model's may then write it (docs/diffing.md)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.exclusive < 0.5:
@@ -130,11 +127,10 @@ class Dedicated:
             raise UsageError(f"{n_latents} latents leave none to share beside 2 × {own}.")
         if self.tied_decoders:
             _check_same_widths(layout, first, second)
-        both = self.reads == "both"
         copies = 2 if self.tied_decoders else 1
         groups = (
-            Group(own, layout.sites if both else first, first),
-            Group(own, layout.sites if both else second, second),
+            Group(own, first, first),
+            Group(own, second, second),
             Group(n_latents - 2 * own, layout.sites, layout.sites, copies),
         )
         return Wiring(layout, layout, layout, groups)
